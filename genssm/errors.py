@@ -1,0 +1,29 @@
+"""How a command line ends: a user's mistake is one clear line and exit code 2, never a traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+
+USER_ERRORS = (ValueError, ImportError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+
+
+def cli(main: Callable[[], int | None]) -> None:
+    """Run ``main`` as a program and exit.
+
+    Functions of genssm raise :data:`USER_ERRORS` for what a user can mend (what was given, what was expected, what to
+    do); these are printed as one ``error:`` line with exit code 2. Everything else is a fault of ours and keeps its
+    traceback. ``GENSSM_DEBUG=1`` shows the traceback in every case.
+
+    Args:
+        main: the program; returns an exit code or None for success.
+    """
+    try:
+        sys.exit(main() or 0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except USER_ERRORS as error:
+        if os.environ.get("GENSSM_DEBUG") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,36 @@
+"""Blocks that two or more models use identically."""
+
+from genssm.layers.attention import CrossAttention
+from genssm.layers.embeddings import (
+    LabelEmbedding,
+    PatchEmbed,
+    TimestepEmbedding,
+    resize_positions,
+    sincos_2d,
+    sinusoidal_features,
+    unpatchify,
+)
+from genssm.layers.mamba import Mamba
+from genssm.layers.modulation import DropPath, LayerNorm, Modulation, RMSNorm, modulate, upcast
+from genssm.layers.outputs import DenoiserOutput
+from genssm.layers.parameter_groups import parameter_groups
+
+__all__ = [
+    "CrossAttention",
+    "DenoiserOutput",
+    "DropPath",
+    "LabelEmbedding",
+    "LayerNorm",
+    "Mamba",
+    "Modulation",
+    "PatchEmbed",
+    "RMSNorm",
+    "TimestepEmbedding",
+    "modulate",
+    "parameter_groups",
+    "resize_positions",
+    "sincos_2d",
+    "sinusoidal_features",
+    "unpatchify",
+    "upcast",
+]

@@ -1,0 +1,118 @@
+"""Norms with fp32 statistics, adaptive-norm modulation and stochastic depth."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from genssm.layers.buffers import table_device
+
+
+def upcast(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` in float32, or unchanged when it is float64 (so that gradient checks in double precision work)."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019), y = x / sqrt(mean(x^2) + eps) * weight.
+
+    Statistics and product are computed in float32 whatever the input; the result has the dtype of the weight.
+
+    Args:
+        dim: size D of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise ``x`` (..., D) over its last dimension; returns (..., D)."""
+        return F.rms_norm(upcast(x), self.weight.shape, upcast(self.weight), self.eps).to(self.weight.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with float32 statistics; the result has the dtype of the weight, or of the input without one.
+
+    Args:
+        dim: size D of the last dimension.
+        eps: added to the variance.
+        affine: learn a weight and a bias.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6, affine: bool = True) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise ``x`` (..., D) over its last dimension; returns (..., D)."""
+        if self.weight is None:
+            return F.layer_norm(upcast(x), (self.dim,), eps=self.eps).to(x.dtype)
+        y = F.layer_norm(upcast(x), (self.dim,), upcast(self.weight), upcast(self.bias), self.eps)
+        return y.to(self.weight.dtype)
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return x (1 + scale) + shift, for ``x`` (B, L, D) and ``shift``, ``scale`` (B, 1, D)."""
+    return x * (1 + scale) + shift
+
+
+class Modulation(nn.Module):
+    """Shifts, scales and gates of a block from the conditioning vector: chunks of Linear(SiLU(c)) (adaLN-zero, DiT).
+
+    Weight and bias start at zero, so shifts and scales do nothing and gates are closed.
+
+    Args:
+        hidden_size: width D of the conditioning vector.
+        num_chunks: how many vectors to return.
+        chunk_size: width of each; None means ``hidden_size``.
+        zero: start with the weight at zero; False keeps torch's default, for gates that start open.
+    """
+
+    def __init__(self, hidden_size: int, num_chunks: int, chunk_size: int | None = None, zero: bool = True) -> None:
+        super().__init__()
+        self.num_chunks = num_chunks
+        self.linear = nn.Linear(hidden_size, num_chunks * (chunk_size or hidden_size))
+        if zero:
+            nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Map ``conditioning`` (B, D) to ``num_chunks`` tensors (B, 1, chunk_size) that broadcast over tokens."""
+        return self.linear(F.silu(conditioning))[:, None].chunk(self.num_chunks, dim=-1)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training each sample's branch is dropped with probability ``rate``.
+
+    Kept branches are divided by 1 - rate, so the expectation is unchanged. Uses torch's global generator.
+
+    Args:
+        rate: probability of dropping, 0 <= rate < 1.
+
+    Raises:
+        ValueError: ``rate`` is outside [0, 1).
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"drop path rate is {rate}; expected 0 <= rate < 1")
+        self.rate = rate
+        # A tensor, so that one compiled graph serves blocks of different rates.
+        keep = torch.tensor(1.0 - rate, device=table_device()) if rate else None
+        self.register_buffer("keep", keep, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Drop samples of ``x`` (B, ...); the identity in evaluation mode or at rate 0."""
+        if not self.training or self.keep is None:
+            return x
+        draws = torch.rand(x.shape[:1] + (1,) * (x.dim() - 1), device=x.device)
+        return x * ((draws < self.keep) / self.keep).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"

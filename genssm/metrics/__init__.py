@@ -1,0 +1,6 @@
+"""Evaluation: distances between sets of images, their features, and the reports that hold the protocol.
+
+``frechet`` (mathematics, no images), ``features`` (images -> vectors), ``classifier`` (a feature network of one's own),
+``sources`` and ``statistics`` (where images and reference statistics come from), ``report`` (what may be compared with
+what) and ``fid`` (the command line, ``python -m genssm.metrics.fid --help``).
+"""

@@ -1,0 +1,9 @@
+"""The denoisers, one file per paper."""
+
+from genssm.models.dim import DIM_PRESETS, DiM
+from genssm.models.dimsum import DIMSUM_PRESETS, DiMSUM
+from genssm.models.zigma import ZIGMA_PRESETS, ZigMa
+
+MODELS = {"dim": DiM, "dimsum": DiMSUM, "zigma": ZigMa}
+
+__all__ = ["DIMSUM_PRESETS", "DIM_PRESETS", "MODELS", "ZIGMA_PRESETS", "DiM", "DiMSUM", "ZigMa"]

@@ -1,0 +1,599 @@
+"""ZigMa (Hu et al. 2024, arXiv:2403.13802): a diffusion denoiser whose Mamba layers walk the image along zigzags."""
+
+# B batch, F frames, C channels, H W input size, gh gw token grid, N = gh gw, L = F N tokens, D hidden_size,
+# S context tokens, P paths
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import CacheMixin, ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from torch import nn
+
+from genssm.layers import (
+    CrossAttention,
+    DenoiserOutput,
+    DropPath,
+    LabelEmbedding,
+    LayerNorm,
+    Mamba,
+    Modulation,
+    PatchEmbed,
+    RMSNorm,
+    TimestepEmbedding,
+    modulate,
+    resize_positions,
+    sincos_2d,
+    unpatchify,
+    upcast,
+)
+from genssm.scan_orders import ORDERS, VIDEO_ORDERS, stack, video_kinds
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+
+
+class ZigMaBlock(nn.Module):
+    """One layer of the residual stream: s + DropPath(n + gate * Mamba(modulate(n)) + cross attention), n = norm(s).
+
+    The inner skip starts from the normalised tensor, not from the stream.
+
+    Args:
+        hidden_size: width D.
+        axis: what the mixer walks along: "all" tokens in one sequence, "space" within each frame, or "time" through
+            the frames at each position.
+        cross_attention: read a text context after the mixer.
+        mirror_time: return the result of a "time" layer mirrored in time, as ZigMa's released code does.
+        drop_path: probability of dropping the block for a sample in training.
+        norm: "rms" or "layer".
+        norm_eps: eps of that norm.
+        mixer: options of :class:`genssm.layers.Mamba`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        axis: str = "all",
+        cross_attention: bool = False,
+        mirror_time: bool = False,
+        drop_path: float = 0.0,
+        norm: str = "rms",
+        norm_eps: float = 1e-5,
+        mixer: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.axis = axis
+        self.mirror_time = mirror_time
+        self.norm = NORMS[norm](hidden_size, norm_eps)
+        self.modulation = Modulation(hidden_size, 6 if cross_attention else 3)
+        self.mixer = Mamba(hidden_size, **mixer)
+        self.cross_norm = LayerNorm(hidden_size, affine=False) if cross_attention else None
+        self.cross_attn = CrossAttention(hidden_size) if cross_attention else None
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor,
+        order: torch.Tensor,
+        frames: int = 1,
+        context: torch.Tensor | None = None,
+        context_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Add one layer to the stream.
+
+        Args:
+            hidden_states: residual stream (B, L, D), float32.
+            conditioning: (B, D).
+            order: permutation of what the mixer walks along: (L,), (N,) or (F,); (2, L) with two directions.
+            frames: F.
+            context: text tokens (B, S, D).
+            context_mask: (B, S) bool, True where a token may be read.
+
+        Returns:
+            (B, L, D), float32.
+        """
+        batch, length, width = hidden_states.shape
+        x = self.norm(hidden_states)  # (B, L, D)
+        shift, scale, gate, *cross = self.modulation(conditioning)  # (B, 1, D) each
+        y = modulate(x, shift, scale)
+        if self.axis == "space":
+            y = self.mixer(y.reshape(batch * frames, -1, width), order).reshape(batch, length, width)
+        elif self.axis == "time":
+            y = y.unflatten(1, (frames, -1)).transpose(1, 2).flatten(0, 1)  # (B N, F, D)
+            y = self.mixer(y, order)
+            y = y.flip(1) if self.mirror_time else y
+            y = y.unflatten(0, (batch, -1)).transpose(1, 2).flatten(1, 2)  # (B, L, D)
+        else:
+            y = self.mixer(y, order)
+        x = x + gate * y
+        if self.cross_attn is not None:
+            shift, scale, gate = cross
+            x = x + gate * self.cross_attn(modulate(self.cross_norm(x), shift, scale), context, context_mask)
+        return hidden_states + self.drop_path(x)
+
+
+class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+    """ZigMa denoiser for images and video: unconditional, class- or text-conditional.
+
+    Layer l walks the tokens along path l mod num_paths of a scan family. What differs from the released code: null
+    class and null text for classifier-free guidance, inputs of any size, factorised video that runs, a true Hilbert
+    curve beside the released one, the same step-size initialisation in both directions.
+
+    Args:
+        sample_size: height and width of the input, in latent or pixel units; one number for a square. Other sizes run
+            too: scan orders are made for them and learned positions are resized.
+        in_channels: channels C of input and output.
+        patch_size: side of a patch.
+        hidden_size: width D.
+        num_layers: number of blocks.
+        num_classes: classes; 0 for a model without class labels.
+        context_dim: width of the text tokens; 0 for a model without text.
+        null_condition: own a null class (label ``num_classes``) and a null text. Published weights have neither.
+        scan: scan family: a key of ``genssm.scan_orders.ORDERS`` ("zigzag", "hilbert", "hilbert_released", "sweep",
+            ...), "raster_bidirectional" (two directions with own parameters in every block), "random", or a list of
+            permutations of the tokens of one frame (which fixes the input size).
+        num_paths: how many paths of the family the layers cycle through; None means all of them.
+        scan_seed: seed of the "random" family's permutations.
+        num_frames: frames F of a video; 0 for images.
+        video_pattern: kinds of layers, repeated over the depth: "s" walks within frames, "t" through time, e.g. "sst";
+            None walks frame after frame in one sequence.
+        temporal_restore: "inverse" puts the results of "t" layers back in place; "as_released" mirrors them in time,
+            for weights trained with the released code.
+        temporal_pos_embed: learn one position per frame beside ``pos_embed``.
+        pos_embed: "learned", "sincos2d_fixed" or "none".
+        d_state, d_conv, expand, dt_rank: sizes of the mixer, see :class:`genssm.layers.Mamba`.
+        norm: "rms" or "layer".
+        norm_eps: eps of that norm.
+        drop_path: stochastic depth of the last block, rising linearly from 0.
+        time_convention: "diffusers": the network sees the timestep and its output is the prediction. "data_at_one": it
+            sees 1000 - timestep and its output is negated, for weights trained with data at t = 1 (ZigMa's own).
+
+    Raises:
+        ValueError: an argument is unknown, or sizes do not fit each other.
+    """
+
+    _supports_gradient_checkpointing = True
+    _repeated_blocks: ClassVar[list[str]] = ["ZigMaBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["ZigMaBlock"]
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["A_log", "A_log_b", "D", "D_b", "dt_bias", "dt_bias_b"]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = [
+        "patch_embed",
+        "time_embed",
+        "label_embed",
+        "context_embed",
+        "norm",
+    ]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | Sequence[int] = 32,
+        in_channels: int = 4,
+        patch_size: int = 1,
+        hidden_size: int = 768,
+        num_layers: int = 24,
+        num_classes: int = 0,
+        context_dim: int = 0,
+        null_condition: bool = True,
+        scan: str | Sequence[Sequence[int]] = "zigzag",
+        num_paths: int | None = None,
+        scan_seed: int = 0,
+        num_frames: int = 0,
+        video_pattern: str | None = None,
+        temporal_restore: str = "inverse",
+        temporal_pos_embed: bool = False,
+        pos_embed: str = "learned",
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | str = "auto",
+        norm: str = "rms",
+        norm_eps: float = 1e-5,
+        drop_path: float = 0.1,
+        time_convention: str = "diffusers",
+    ) -> None:
+        super().__init__()
+        _one_of("pos_embed", pos_embed, ("learned", "sincos2d_fixed", "none"))
+        _one_of("norm", norm, NORMS)
+        _one_of("temporal_restore", temporal_restore, ("inverse", "as_released"))
+        _one_of("time_convention", time_convention, ("diffusers", "data_at_one"))
+        if (video_pattern or temporal_pos_embed) and not num_frames:
+            raise ValueError("video_pattern and temporal_pos_embed need a video; set num_frames")
+        bidirectional = scan == "raster_bidirectional"
+        if bidirectional and video_pattern:
+            raise ValueError(
+                "raster_bidirectional walks all frames in one sequence; use another scan or no video_pattern"
+            )
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        self.gradient_checkpointing = False
+        self.native_grid = self._token_grid(height, width)
+
+        self.patch_embed = PatchEmbed(in_channels, hidden_size, patch_size)
+        self.time_embed = TimestepEmbedding(hidden_size)
+        self.label_embed = LabelEmbedding(num_classes, hidden_size, null_condition) if num_classes else None
+        self.context_embed = nn.Linear(context_dim, hidden_size) if context_dim else None
+        self.null_context = None
+        if context_dim:
+            nn.init.zeros_(self.context_embed.bias)
+            self.null_context = nn.Parameter(0.02 * torch.randn(context_dim)) if null_condition else None
+        tokens = max(num_frames, 1) * math.prod(self.native_grid)
+        self.positions = nn.Parameter(torch.zeros(1, tokens, hidden_size)) if pos_embed == "learned" else None
+        self.frame_positions = nn.Parameter(torch.zeros(1, num_frames, hidden_size)) if temporal_pos_embed else None
+
+        mixer = {
+            "d_state": d_state, "d_conv": d_conv, "expand": expand, "dt_rank": dt_rank,
+            "bidirectional": bidirectional, "out_scale": num_layers**-0.5,
+        }  # fmt: skip
+        kinds = _layer_kinds(video_pattern, num_layers)
+        self.layer_orders = [row for _, row in kinds]
+        self.blocks = nn.ModuleList(
+            ZigMaBlock(
+                hidden_size,
+                axis=axis,
+                cross_attention=bool(context_dim),
+                mirror_time=temporal_restore == "as_released",
+                drop_path=drop_path * layer / (num_layers - 1) if num_layers > 1 else drop_path,
+                norm=norm,
+                norm_eps=norm_eps,
+                mixer=mixer,
+            )
+            for layer, (axis, _) in enumerate(kinds)
+        )
+        self.norm_out = NORMS[norm](hidden_size, norm_eps)
+        self.norm_final = LayerNorm(hidden_size, affine=False)
+        self.proj_out = nn.Linear(hidden_size, patch_size * patch_size * in_channels)
+        nn.init.zeros_(self.proj_out.bias)
+
+        self._other_layouts: dict[tuple, tuple[torch.Tensor, ...]] = {}
+        names = ("token_orders", "frame_orders", "fixed_positions")
+        for name, buffer in zip(names, self._layout(max(num_frames, 1), self.native_grid)):
+            self.register_buffer(name, buffer, persistent=False)
+
+    @property
+    def null_class_label(self) -> int | None:
+        """Label of the null class; None when the model has no classes or no null class."""
+        return None if self.label_embed is None else self.label_embed.null_label
+
+    @property
+    def null_encoder_hidden_states(self) -> torch.Tensor | None:
+        """The learned null text token, (context_dim,); None without text or without a null condition.
+
+        Repeating the token changes nothing, so it may fill a context of any length.
+        """
+        return self.null_context
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float,
+        class_labels: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DenoiserOutput | tuple[torch.Tensor]:
+        """Predict.
+
+        Args:
+            hidden_states: noisy input, (B, C, H, W), or (B, F, C, H, W) for video.
+            timestep: (B,) or one number, 0..1000, fractions allowed.
+            class_labels: (B,) int64; None means the null class.
+            encoder_hidden_states: text tokens, (B, S, context_dim); None means the null text.
+            encoder_attention_mask: (B, S), True (or 1) where a text token counts; None means everywhere.
+            return_dict: return an output object rather than a tuple.
+
+        Returns:
+            :class:`genssm.layers.DenoiserOutput` whose ``sample`` has the shape and dtype of ``hidden_states``.
+
+        Raises:
+            ValueError: shapes do not fit the model, or a condition is missing that the model has no null for.
+        """
+        batch, frames = self._check_input(hidden_states, class_labels, encoder_hidden_states)
+        grid = self._token_grid(*hidden_states.shape[-2:])
+        token_orders, frame_orders, fixed_positions = self._layout_for(frames, grid, hidden_states.device)
+
+        images = hidden_states.flatten(0, 1) if hidden_states.dim() == 5 else hidden_states  # (B F, C, H, W)
+        x = upcast(self.patch_embed(images)).reshape(batch, frames * math.prod(grid), -1)  # (B, L, D)
+        if self.positions is not None:
+            x = x + resize_positions(self.positions, *self._position_grids(frames, grid))
+        if fixed_positions is not None:
+            x = x + fixed_positions.repeat(frames, 1)
+        if self.frame_positions is not None:
+            per_frame = resize_positions(self.frame_positions, (self.config.num_frames,), (frames,))  # (1, F, D)
+            x = x + per_frame.repeat_interleave(math.prod(grid), dim=1)
+
+        c = self.time_embed(self._network_time(timestep, batch, hidden_states.device))  # (B, D)
+        if self.label_embed is not None:
+            c = c + self.label_embed(class_labels, batch)
+        context, mask = self._context(encoder_hidden_states, encoder_attention_mask, batch)
+        if context is not None:
+            context = self.context_embed(context)  # (B, S, D)
+            c = c + _masked_mean(context, mask)
+
+        for block, row in zip(self.blocks, self.layer_orders):
+            order = frame_orders if block.axis == "time" else token_orders
+            order = order[row % order.shape[0]]
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, c, order, frames, context, mask)
+            else:
+                x = block(x, c, order, frames, context, mask)  # (B, L, D)
+
+        x = self.proj_out(self.norm_final(self.norm_out(x)))  # (B, L, p p C)
+        x = unpatchify(x.reshape(images.shape[0], math.prod(grid), -1), grid, self.config.patch_size)  # (B F, C, H, W)
+        sample = x.reshape(hidden_states.shape).to(hidden_states.dtype)
+        if self.config.time_convention == "data_at_one":
+            sample = -sample
+        return DenoiserOutput(sample=sample) if return_dict else (sample,)
+
+    def enable_cache(self, config: Any) -> None:
+        """Reuse block results between similar denoising steps; see diffusers' ``CacheMixin`` and its cache configs.
+
+        Calls must then run inside ``with model.cache_context(name)``, one name per guidance branch.
+        """
+        # diffusers skips only blocks it knows. Not at import time: its registry imports every model of diffusers.
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+        TransformerBlockRegistry.register(ZigMaBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+        super().enable_cache(config)
+
+    def _check_input(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, tokens: torch.Tensor | None
+    ) -> tuple[int, int]:
+        """Batch size and number of frames of an input that fits the model."""
+        if labels is not None and self.label_embed is None:
+            raise ValueError("class_labels are given but this model has no classes (num_classes is 0); leave them out")
+        if tokens is not None and self.context_embed is None:
+            raise ValueError("encoder_hidden_states are given but this model reads no text (context_dim is 0)")
+        channels = self.config.in_channels
+        shape = f"(B, F, {channels}, H, W)" if self.config.num_frames else f"(B, {channels}, H, W)"
+        if hidden_states.dim() != (5 if self.config.num_frames else 4) or hidden_states.shape[-3] != channels:
+            raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}; this model takes {shape}")
+        return hidden_states.shape[0], hidden_states.shape[1] if self.config.num_frames else 1
+
+    def _token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens for an input size."""
+        patch = self.config.patch_size
+        if height % patch or width % patch:
+            raise ValueError(f"the input is {height}x{width} but patch_size is {patch}; use a multiple of it")
+        return height // patch, width // patch
+
+    def _position_grids(self, frames: int, grid: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token grid of the position table and of the input, of the same rank."""
+        if self.config.num_frames:
+            return (self.config.num_frames, *self.native_grid), (frames, *grid)
+        return self.native_grid, grid
+
+    def _layout(self, frames: int, grid: tuple[int, int]) -> tuple[torch.Tensor | None, ...]:
+        """Token orders (P, L or N) or (1, 2, L), frame orders (2, F) and fixed positions (N, D), on the CPU."""
+        config = self.config
+        factorised = bool(config.video_pattern)
+        with torch.device("cpu"):  # also where a model is built on the meta device: no checkpoint holds these
+            orders = _token_orders(config.scan, config.num_paths, config.scan_seed, 1 if factorised else frames, grid)
+            frame_orders = stack("raster", 1, frames) if factorised else None
+            fixed = sincos_2d(config.hidden_size, *grid) if config.pos_embed == "sincos2d_fixed" else None
+        return orders, frame_orders, fixed
+
+    def _layout_for(self, frames: int, grid: tuple[int, int], device: torch.device) -> tuple[torch.Tensor | None, ...]:
+        """The layout of an input: the buffers at the native size, else made once per size and kept."""
+        if (frames, grid) == (max(self.config.num_frames, 1), self.native_grid):
+            return self.token_orders, self.frame_orders, self.fixed_positions
+        key = (frames, grid, device)
+        if key not in self._other_layouts:
+            layout = self._layout(frames, grid)
+            self._other_layouts[key] = tuple(None if x is None else x.to(device) for x in layout)
+        return self._other_layouts[key]
+
+    def _network_time(self, timestep: torch.Tensor | float, batch: int, device: torch.device) -> torch.Tensor:
+        """The time that the network was trained with, (B,), float32 (float64 if given so)."""
+        t = torch.as_tensor(timestep, device=device)
+        t = t if t.dtype == torch.float64 else t.float()
+        if t.numel() not in (1, batch):
+            raise ValueError(f"timestep has shape {tuple(t.shape)}; expected one number or ({batch},), one per sample")
+        t = t.reshape(-1).expand(batch)
+        return 1000 - t if self.config.time_convention == "data_at_one" else t
+
+    def _context(
+        self, tokens: torch.Tensor | None, mask: torch.Tensor | None, batch: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Text tokens (B, S, context_dim) and their mask (B, S), with the null text put in where none is given."""
+        if self.context_embed is None:
+            return None, None
+        if tokens is None:
+            if self.null_context is None:
+                raise ValueError("encoder_hidden_states is None but this model has no null text; pass text tokens")
+            return self.null_context.expand(batch, 1, -1), None
+        if tokens.dim() != 3 or tokens.shape[0] != batch or tokens.shape[2] != self.config.context_dim:
+            expected = f"({batch}, S, {self.config.context_dim})"
+            raise ValueError(f"encoder_hidden_states has shape {tuple(tokens.shape)}; expected {expected}")
+        if mask is not None and mask.shape != tokens.shape[:2]:
+            expected = tuple(tokens.shape[:2])
+            raise ValueError(f"encoder_attention_mask has shape {tuple(mask.shape)}; expected {expected}")
+        return tokens.to(self.context_embed.weight.dtype), None if mask is None else mask.bool()
+
+
+def _one_of(name: str, value: str, known: Sequence[str] | Mapping[str, Any]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
+
+
+def _masked_mean(context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean of the tokens (B, S, D) that count, (B, D)."""
+    if mask is None:
+        return context.mean(dim=1)
+    weight = mask[..., None].to(context.dtype)
+    return (context * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+def _layer_kinds(pattern: str | None, num_layers: int) -> list[tuple[str, int]]:
+    """Axis of each layer and its running number among the layers of that axis (which picks its path)."""
+    if not pattern:
+        return [("all", layer) for layer in range(num_layers)]
+    axes = {"spatial": "space", "temporal": "time"}
+    return [(axes[layer.kind], layer.path) for layer in video_kinds(pattern, num_layers, num_paths=num_layers)]
+
+
+def _token_orders(
+    scan: str | Sequence[Sequence[int]], num_paths: int | None, seed: int, frames: int, grid: tuple[int, int]
+) -> torch.Tensor:
+    """The paths of a scan family, (P, L); or (1, 2, L) for two directions. Image orders walk frame after frame."""
+    tokens = math.prod(grid)
+    if scan == "raster_bidirectional":
+        forward = torch.arange(frames * tokens, dtype=torch.int32)
+        return torch.stack([forward, forward.flip(0)])[None]
+    if not isinstance(scan, str):
+        paths = _explicit_paths(scan, grid)
+    elif scan == "random":
+        generator = torch.Generator().manual_seed(seed)
+        count = 8 if num_paths is None else num_paths
+        paths = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(count)]).int()
+    elif scan in ORDERS:
+        paths = stack(scan, *grid)
+    elif scan in VIDEO_ORDERS:
+        return _first_paths(stack(scan, frames, *grid), num_paths, scan)
+    else:
+        known = ", ".join([*ORDERS, *VIDEO_ORDERS, "random", "raster_bidirectional"])
+        raise ValueError(f"scan is {scan!r}; expected one of {known}, or a list of permutations")
+    offsets = tokens * torch.arange(frames, dtype=torch.int32)
+    return (offsets[:, None] + _first_paths(paths, num_paths, scan)[:, None]).flatten(1)
+
+
+def _explicit_paths(scan: Sequence[Sequence[int]], grid: tuple[int, int]) -> torch.Tensor:
+    paths, tokens = torch.tensor(scan, dtype=torch.int32), math.prod(grid)
+    if paths.dim() != 2 or not torch.equal(paths.sort(dim=1).values, torch.arange(tokens).expand(len(paths), -1)):
+        raise ValueError(
+            f"scan is a list of shape {tuple(paths.shape)}; on a {grid[0]}x{grid[1]} token grid each path must be a "
+            f"permutation of 0..{tokens - 1} (explicit paths fix the input size)"
+        )
+    return paths
+
+
+def _first_paths(paths: torch.Tensor, num_paths: int | None, scan: str | Sequence[Sequence[int]]) -> torch.Tensor:
+    if num_paths is not None and not 1 <= num_paths <= len(paths):
+        name = repr(scan) if isinstance(scan, str) else "given"
+        raise ValueError(f"num_paths is {num_paths} but the scan {name} has {len(paths)} paths")
+    return paths[:num_paths]
+
+
+_SIZES = {"S": (368, 24), "B": (768, 24), "M": (768, 48), "L": (1024, 48), "H": (1536, 48)}  # hidden_size, num_layers
+_LATENTS = {"sample_size": 32, "in_channels": 4, "scan": "zigzag"}
+_LARGE = {**_LATENTS, "hidden_size": 768, "num_layers": 24, "null_condition": False}
+_UCF101 = {**_LARGE, "patch_size": 2, "num_frames": 16, "num_classes": 101}
+
+# Constructor arguments by name: the paper's sizes ("B/2": size B, patch 2; 4x32x32 latents, unconditional) and the
+# configurations of the released code under their own names.
+ZIGMA_PRESETS: dict[str, dict[str, Any]] = {
+    f"{size}/{patch}": {**_LATENTS, "hidden_size": width, "num_layers": depth, "patch_size": patch}
+    for size, (width, depth) in _SIZES.items()
+    for patch in (1, 2, 4)
+} | {
+    "zigzag8_b1_pe2": _LARGE,
+    "sweep2_b1_pe2": {**_LARGE, "scan": "raster_bidirectional"},
+    "s1024_zigzag8_b2_old": {**_LARGE, "sample_size": 128, "patch_size": 2, "pos_embed": "none"},
+    "3d_sweep2_b2": {**_UCF101, "scan": "raster_bidirectional"},
+    "3d_zigzag8sst_b2": {**_UCF101, "video_pattern": "sst"},
+    "zigzag8_b1_pe2_coco14": {**_LARGE, "context_dim": 768},
+    "demo": {**_LARGE, "hidden_size": 640, "num_layers": 18, "in_channels": 3, "context_dim": 768},
+}
+
+# Published key -> ours, by the first pattern that is found; what no pattern names keeps its name.
+_PUBLISHED_KEYS = {
+    r"^x_embedder\.": "patch_embed.",
+    r"^t_embedder\.mlp\.0\.": "time_embed.linear_in.",
+    r"^t_embedder\.mlp\.2\.": "time_embed.linear_out.",
+    r"^y_embedder\.embedding_table\.": "label_embed.table.",
+    r"^y_embedder\.": "context_embed.",
+    r"^pos_embed$": "positions",
+    r"^temporal_pos_embedding$": "frame_positions",
+    r"\.adaLN_modulation\.1\.": ".modulation.linear.",
+    r"\.mixer\.A_b_log$": ".mixer.A_log_b",
+    r"\.mixer\.dt_proj\.bias$": ".mixer.dt_bias",
+    r"\.mixer\.dt_proj_b\.bias$": ".mixer.dt_bias_b",
+    r"\.msa\.to_out\.0\.": ".cross_attn.to_out.",
+    r"\.msa\.": ".cross_attn.",
+    r"^norm_f\.": "norm_out.",
+    r"^final_layer\.linear\.": "proj_out.",
+}
+
+
+def convert_zigma_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Translate the weights of a ZigMa checkpoint of the released code to the keys of :class:`ZigMa`.
+
+    Args:
+        state_dict: tensors under their published names (the ``ema`` or ``model`` part, without ``module.``).
+
+    Returns:
+        The same tensors under our names; a stored table of fixed sine-cosine positions is left out (it is computed).
+    """
+    converted = {}
+    for key, value in state_dict.items():
+        if key == "pos_embed" and _is_sincos(value):
+            continue
+        pattern = next((pattern for pattern in _PUBLISHED_KEYS if re.search(pattern, key)), None)
+        converted[re.sub(pattern, _PUBLISHED_KEYS[pattern], key) if pattern else key] = value
+    return converted
+
+
+def zigma_config_from_published(state_dict: Mapping[str, torch.Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the arguments of :class:`ZigMa` off a published checkpoint.
+
+    Args:
+        state_dict: as for :func:`convert_zigma_state_dict`.
+        given: arguments known from elsewhere (a preset, the user). Needed are those that the tensors do not show: the
+            scan family, ``num_frames`` of a video model without frame positions, ``sample_size`` of a model without
+            positions or with a grid that is not square.
+
+    Returns:
+        All arguments that the tensors show, and ``scan`` and ``sample_size``.
+
+    Raises:
+        ValueError: this is not a ZigMa checkpoint, or an argument that the tensors do not show is missing.
+    """
+    if "x_embedder.proj.weight" not in state_dict or "blocks.0.mixer.A_log" not in state_dict:
+        raise ValueError("no x_embedder.proj.weight or blocks.0.mixer.A_log in the checkpoint; it is not ZigMa's")
+    width, channels, patch, _ = state_dict["x_embedder.proj.weight"].shape
+    inner, d_state = state_dict["blocks.0.mixer.A_log"].shape
+    rank = state_dict["blocks.0.mixer.dt_proj.weight"].shape[1]
+    config: dict[str, Any] = {
+        "in_channels": channels,
+        "patch_size": patch,
+        "hidden_size": width,
+        "num_layers": 1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("blocks.")),
+        "d_state": d_state,
+        "d_conv": state_dict["blocks.0.mixer.conv1d.weight"].shape[-1],
+        "expand": inner // width,
+        "dt_rank": "auto" if rank == math.ceil(width / 16) else rank,
+        "norm": "layer" if "norm_f.bias" in state_dict else "rms",
+        "num_classes": len(state_dict.get("y_embedder.embedding_table.weight", ())),
+        "context_dim": state_dict["y_embedder.weight"].shape[1] if "y_embedder.weight" in state_dict else 0,
+        "null_condition": False,
+        "temporal_pos_embed": "temporal_pos_embedding" in state_dict,
+        "pos_embed": "none",
+        "time_convention": "data_at_one",
+    }
+    if config["temporal_pos_embed"]:
+        config["num_frames"] = state_dict["temporal_pos_embedding"].shape[1]
+    if "blocks.0.mixer.A_b_log" in state_dict:
+        config["scan"] = "raster_bidirectional"
+    table = state_dict.get("pos_embed")
+    if table is not None:
+        config["pos_embed"] = "sincos2d_fixed" if _is_sincos(table) else "learned"
+        frames = max(config.get("num_frames", given.get("num_frames", 0)), 1) if config["pos_embed"] == "learned" else 1
+        side = math.isqrt(table.shape[1] // frames)
+        if frames * side * side == table.shape[1]:
+            config["sample_size"] = patch * side
+    for name in ("scan", "sample_size"):
+        if name not in config and name not in given:
+            raise ValueError(f"the checkpoint does not show {name}; name a preset or give it in the configuration")
+    return {**{name: given[name] for name in ("scan", "sample_size") if name in given}, **config}
+
+
+def _is_sincos(table: torch.Tensor) -> bool:
+    """Whether a position table (1, N, D) is the fixed sine-cosine one of a square grid."""
+    side, width = math.isqrt(table.shape[1]), table.shape[2]
+    if side * side != table.shape[1] or width % 4:
+        return False
+    return torch.allclose(table[0].detach().float().cpu(), sincos_2d(width, side, side), atol=1e-5)

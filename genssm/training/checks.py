@@ -1,0 +1,149 @@
+"""What would go wrong later is said before the long work starts."""
+
+import importlib.util
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genssm.config import RunConfig, differences, dump_config, get_value, iter_keys, load_config
+from genssm.training.checkpoint import latest_checkpoint
+
+_NOT_NEGATIVE = (
+    "train.lr_warmup_steps", "train.weight_decay", "train.max_grad_norm", "train.ema_decay", "train.class_dropout_prob",
+    "train.checkpoints_total_limit", "log.sample_every", "data.num_workers",
+)  # fmt: skip
+_POSITIVE = (
+    "train.max_train_steps", "train.train_batch_size", "train.gradient_accumulation_steps", "train.learning_rate",
+    "train.checkpointing_steps", "log.log_every", "log.num_samples", "log.num_inference_steps",
+)  # fmt: skip
+
+
+def check_numbers(config: RunConfig) -> None:
+    """Refuse numbers outside their range."""
+    for keys, low in ((_NOT_NEGATIVE, 0), (_POSITIVE, 1e-300)):
+        for dotted in keys:
+            value = get_value(config, dotted)
+            if not (math.isfinite(value) and value >= low):
+                raise ValueError(f"{dotted} is {value}; expected {'more than' if low else 'at least'} 0")
+    for dotted in ("train.ema_decay", "train.class_dropout_prob"):
+        if get_value(config, dotted) >= 1:
+            raise ValueError(f"{dotted} is {get_value(config, dotted)}; expected less than 1")
+    tracker = config.log.report_to
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise ImportError(f"log.report_to={tracker} needs the package {tracker}; pip install genssm[track]")
+    if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("train.mixed_precision=fp16 needs a GPU; use bf16 or no")
+
+
+def check_fit(
+    config: RunConfig, model: torch.nn.Module, dataset: Any, item_shape: tuple[int, ...], decodes: bool
+) -> None:
+    """Refuse a model, data set and settings that do not go together.
+
+    Args:
+        config: the run.
+        model: the denoiser.
+        dataset: the data set, with ``num_classes``.
+        item_shape: shape of what the model sees, (..., C, H, W), after encoding with a VAE.
+        decodes: whether samples can be turned into images.
+
+    Raises:
+        ValueError: shapes, classes or options disagree.
+    """
+    size = model.config.sample_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if item_shape[-3] != model.config.in_channels:
+        raise ValueError(
+            f"the data have {item_shape[-3]} channel(s) but model.args.in_channels is {model.config.in_channels}; "
+            "change it, or set data.channels"
+        )
+    if tuple(item_shape[-2:]) != size:
+        what = "latents are" if config.data.vae or config.data.name == "latents" else "images are"
+        raise ValueError(
+            f"{what} {item_shape[-2]}x{item_shape[-1]} but model.args.sample_size is {size[0]}x{size[1]}; "
+            "change it, or data.resolution"
+        )
+    frames = model.config.get("num_frames", 0)
+    if (item_shape[0] if len(item_shape) == 4 else 0) != frames:
+        raise ValueError(f"an item is {item_shape} but model.args.num_frames is {frames}; video items are (F, C, H, W)")
+    if frames and config.log.sample_every:
+        raise ValueError("there is no video pipeline to draw samples with; set log.sample_every=0")
+    classes, labels = model.config.get("num_classes", 0), dataset.num_classes
+    if classes and not labels:
+        raise ValueError(f"model.args.num_classes is {classes} but the data have no labels; set it to 0, or data.label")
+    if classes and classes != labels:
+        raise ValueError(f"model.args.num_classes is {classes} but the data have {labels} classes; set it to {labels}")
+    has_null = getattr(model, "null_class_label", None) is not None
+    if config.train.class_dropout_prob and not has_null:
+        raise ValueError("train.class_dropout_prob drops labels to the null class, but the model has none; set it to 0")
+    if config.log.guidance_scale != 1 and not (has_null and config.train.class_dropout_prob):
+        raise ValueError(
+            f"log.guidance_scale={config.log.guidance_scale} needs a null class that was trained; "
+            "set it to 1, or train.class_dropout_prob to 0.1"
+        )
+    if config.log.sample_every and not decodes:
+        raise ValueError("sample grids of latents need a VAE; set data.vae to its folder, or log.sample_every=0")
+
+
+def claim_run_folder(config: RunConfig, *, write: bool = True) -> Path | None:
+    """Make the run folder, or find that it continues a run; say which checkpoint to resume from.
+
+    Args:
+        config: the run.
+        write: False only looks.
+
+    Returns:
+        The checkpoint to resume from, or None.
+
+    Raises:
+        ValueError: the folder holds another run.
+        FileExistsError: it holds a run that was not to be resumed.
+        FileNotFoundError: there is no checkpoint where ``train.resume_from_checkpoint`` says.
+        PermissionError: the folder cannot be written.
+    """
+    run, resume = Path(config.train.output_dir), config.train.resume_from_checkpoint
+    existing = run / "config.yaml"
+    newest = latest_checkpoint(run)
+    if existing.is_file():
+        changed = differences(load_config(existing), config)
+        if changed:
+            raise ValueError(
+                f"{run} holds a run with another configuration ({'; '.join(changed)}); "
+                "choose another train.output_dir, or remove the folder"
+            )
+    elif run.exists() and any(run.iterdir()):
+        raise FileExistsError(f"{run} exists and holds something else than a run; choose another train.output_dir")
+    if resume == "none" and newest is not None:
+        raise FileExistsError(
+            f"{run} already holds {newest.name}; train.resume_from_checkpoint=latest goes on with it, "
+            "or choose another train.output_dir"
+        )
+    if write:
+        _make_writable(run)
+        existing.write_text(dump_config(config), encoding="utf-8")
+    if resume in ("latest", "none"):
+        return newest if resume == "latest" else None
+    if not (Path(resume) / "state.pt").is_file():
+        raise FileNotFoundError(f"train.resume_from_checkpoint={resume} is no checkpoint (no state.pt in it)")
+    return Path(resume)
+
+
+def _make_writable(run: Path) -> None:
+    try:
+        for folder in (run, run / "samples", run / "checkpoints"):
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=run) as file:
+            file.write(b"x")
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise PermissionError(f"cannot write to the run folder {run}: {error}") from None
+
+
+def flat_config(config: RunConfig) -> dict[str, str | int | float | bool]:
+    """Dotted key -> value, texts for what a tracker cannot show."""
+    values = {dotted: get_value(config, dotted) for dotted, _ in iter_keys()}
+    return {k: v if isinstance(v, str | int | float | bool) else str(v) for k, v in values.items()}

@@ -1,0 +1,116 @@
+"""What a run will need, before it runs: parameters, tokens, memory."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trained parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def count_tokens(model: nn.Module, item_shape: tuple[int, ...]) -> int:
+    """Tokens that the model makes of an item (..., C, H, W)."""
+    patch = getattr(model.config, "patch_size", 1)
+    frames = item_shape[0] if len(item_shape) == 4 else 1
+    return frames * math.prod(side // patch for side in item_shape[-2:])
+
+
+def saved_for_backward(forward: Callable[[], torch.Tensor], dtype: torch.dtype | None = None) -> int:
+    """Bytes that autograd keeps between a forward and a backward pass, without running either.
+
+    Args:
+        forward: returns the loss; it runs on fake tensors, which have shapes and types but no numbers.
+        dtype: autocast to this type; None for none.
+    """
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        owner = tensor if tensor._base is None else tensor._base
+        if not isinstance(owner, nn.Parameter):
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(tensor)  # or its storage's address could be given to another
+        return tensor
+
+    autocast = torch.autocast("cpu", dtype) if dtype is not None else contextlib.nullcontext()
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with FakeTensorMode(allow_non_fake_inputs=True), autocast, hooks:
+        forward()
+    return sum(kept.values())
+
+
+def estimate_memory(
+    model: nn.Module, forward: Callable[[], torch.Tensor], *, dtype: torch.dtype | None, ema: bool, checkpointing: bool
+) -> dict[str, int]:
+    """Bytes that one process needs to train.
+
+    Args:
+        model: the model on the CPU.
+        forward: one micro-batch through ``model``; returns the loss.
+        dtype: autocast type, or None.
+        ema: whether averaged weights are kept.
+        checkpointing: whether blocks are recomputed; counted as what is kept plus one block.
+
+    Returns:
+        ``weights``, ``gradients``, ``optimizer``, ``ema``, ``activations`` and ``total``.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    activations = saved_for_backward(forward, dtype)
+    if checkpointing:
+        whole = activations
+        model.enable_gradient_checkpointing()
+        try:
+            activations = saved_for_backward(forward, dtype)
+        finally:
+            model.disable_gradient_checkpointing()
+        activations += whole // max(getattr(model.config, "num_layers", 1), 1)
+    parts = {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": 2 * weights,
+        "ema": weights if ema else 0,
+        "activations": activations,
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def describe_run(run: Any) -> str:
+    """Size, length and memory of a run, before its model leaves the CPU.
+
+    Args:
+        run: with ``config``, ``model``, ``objective``, ``dataset``, ``shares`` and ``item_shape`` as in ``train.py``.
+    """
+    train, shares = run.config.train, run.shares
+
+    def forward() -> torch.Tensor:
+        clean = torch.zeros(shares.piece, *run.item_shape)
+        labels = {"class_labels": torch.zeros(len(clean), dtype=torch.long)} if run.model.config.num_classes else {}
+        timesteps = torch.zeros(len(clean), dtype=run.objective.sample_timesteps(1).dtype)
+        return run.objective.loss(run.model, clean, noise=torch.zeros_like(clean), timesteps=timesteps, **labels).mean()
+
+    half = None if train.mixed_precision == "no" else torch.bfloat16  # of the same size as float16
+    memory = estimate_memory(
+        run.model.train(), forward, dtype=half, ema=train.ema_decay > 0, checkpointing=train.gradient_checkpointing
+    )
+    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.items() if name != "total")
+    seen = train.max_train_steps * train.train_batch_size
+    return "\n".join(
+        [
+            f"model       {type(run.model).__name__}, {count_parameters(run.model):,} parameters",
+            f"input       {run.item_shape}, {count_tokens(run.model, run.item_shape)} tokens",
+            f"data        {run.config.data.name}, {len(run.dataset):,} items, {run.dataset.num_classes} classes",
+            f"batch       {train.train_batch_size} = {shares.world} processes x {shares.parts} parts x {shares.piece}",
+            f"length      {train.max_train_steps:,} steps, {seen:,} images, {seen / len(run.dataset):.1f} epochs",
+            f"memory      about {memory['total'] / 2**20:,.0f} MiB per process ({parts})",
+            *([] if train.init_from is None else [f"start       the weights of {train.init_from}"]),
+            f"run folder  {run.path}",
+        ]
+    )

@@ -1,0 +1,138 @@
+"""Time the selective scan and what else a user could run: ``python -m genssm.kernels.selective_scan.benchmark``."""
+
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from genssm.kernels import benchmarking, dispatch
+from genssm.kernels.benchmarking import Contender
+from genssm.kernels.selective_scan import selective_scan
+
+_LETTERS = "BxLxExN"
+_SHAPES = {
+    "cpu": ("4x256x384x16", "1x1024x768x16", "32x64x256x16"),
+    "cuda": ("64x1024x1536x16", "8x4096x1536x16", "4x16384x1536x16", "1x4096x1536x16", "32x256x2304x16"),
+}
+_USUAL = "usual loop"
+
+
+def arguments(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs such as a Mamba block has after its projections; ordinary step sizes."""
+    batch, length, channels, states = shape
+    g = torch.Generator().manual_seed(0)
+    inputs = {name: torch.randn(batch, length, channels, generator=g) for name in ("u", "delta", "z")}
+    inputs.update({name: torch.randn(batch, length, states, generator=g) for name in ("B", "C")})
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    inputs["A"] = -torch.arange(1.0, states + 1).expand(channels, states).contiguous()
+    inputs["D"], inputs["delta_bias"] = torch.ones(channels), torch.full((channels,), -4.0)
+    return {name: x.to(device).requires_grad_() for name, x in inputs.items()}
+
+
+def usual_loop(
+    u: Tensor, delta: Tensor, z: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor, delta_bias: Tensor
+) -> Tensor:
+    """What most public code does without a kernel: all decays and inputs of (B, E, L, N) at once, a loop that slices
+    them, autograd. Each slice's gradient fills a tensor of the full size, so the backward grows with L squared."""
+    u, delta, B, C = (x.float().transpose(1, 2) for x in (u, delta, B, C))  # channels first
+    delta = torch.nn.functional.softplus(delta + delta_bias[:, None])
+    decay = torch.exp(delta[..., None] * A[:, None])  # (B, E, L, N)
+    inputs = (delta * u)[..., None] * B.transpose(1, 2)[:, None]
+    h = torch.zeros_like(decay[:, :, 0])
+    y = []
+    for i in range(u.shape[2]):
+        h = decay[:, :, i] * h + inputs[:, :, i]
+        y.append((h * C[:, None, :, i]).sum(dim=-1))
+    result = (torch.stack(y, dim=2) + u * D[:, None]).transpose(1, 2)
+    return (result * torch.nn.functional.silu(z.float())).to(z.dtype)
+
+
+def alternatives(device: torch.device) -> Iterator[Contender]:
+    """Other ways to compute the op that this machine has."""
+    yield Contender(_USUAL, usual_loop)
+    if importlib.util.find_spec("transformers") is not None:
+        from transformers.models.mamba import modeling_mamba
+
+        fallback = getattr(modeling_mamba, "mamba_selective_scan", None)  # since transformers 5
+        if fallback is not None:
+            yield Contender("transformers fallback", _channels_first(fallback, ("B", "C")))
+    if importlib.util.find_spec("mambapy") is not None:
+        from mambapy.pscan import pscan
+
+        yield Contender("mambapy pscan", _parallel_scan(pscan))
+    if device.type == "cuda" and importlib.util.find_spec("mamba_ssm") is not None:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+        yield Contender("mamba_ssm CUDA", _channels_first(selective_scan_fn, ("B", "C")))
+
+
+def _channels_first(scan, maps: tuple[str, ...]):
+    """Call a scan whose tensors are (B, E, L) and (B, N, L)."""
+
+    def call(u, delta, z, B, C, A, D, delta_bias) -> Tensor:
+        u, delta, z, B, C = (x.transpose(1, 2) for x in (u, delta, z, B, C))
+        y = scan(u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=True)
+        return (y[0] if isinstance(y, tuple) else y).transpose(1, 2)
+
+    return call
+
+
+def _parallel_scan(pscan):
+    def call(u, delta, z, B, C, A, D, delta_bias) -> Tensor:
+        delta = torch.nn.functional.softplus(delta + delta_bias)
+        inputs = (delta * u)[..., None] * B[:, :, None]
+        h = pscan(torch.exp(delta[..., None] * A), inputs)  # (B, L, E, N)
+        y = (h @ C[..., None]).squeeze(-1) + D * u
+        return y * torch.nn.functional.silu(z)
+
+    return call
+
+
+def check_backends(backends: list[str], device: torch.device, dtype: torch.dtype) -> None:
+    """Compare every backend with the reference, gradients included, along one order and along two."""
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for orders in (None, torch.stack([torch.arange(67), torch.arange(66, -1, -1)]).int()):
+        inputs = arguments((2, 67, 72, 16), torch.device("cpu"), dtype)
+        doubles = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+        options = {"delta_softplus": True, "orders": orders}
+
+        def run(backend: str, options: dict = options, **inputs: Tensor) -> Tensor:
+            return selective_scan(**inputs, **options, backend=backend)
+
+        expected = benchmarking.gradients(lambda run=run, **x: run("reference", **x), doubles)
+        placed = {name: x.detach().to(device).requires_grad_() for name, x in inputs.items()}
+        for backend in backends:
+            found = benchmarking.gradients(lambda run=run, backend=backend, **x: run(backend, **x), placed)
+            error = benchmarking.check(backend, found, expected, tolerance)
+            print(f"parity {backend}, {1 if orders is None else 2} orders: {error:.1e}")
+
+
+def main() -> None:
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = benchmarking.parser(__doc__, _SHAPES[device_type], _LETTERS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    print(benchmarking.hardware(device, args.threads))
+    try:
+        shapes = [benchmarking.sizes(shape, _LETTERS) for shape in args.shapes]
+        possible = {b: dispatch.why_not(b, device.type, device.index or 0) for b in ("chunked", "compiled", "triton")}
+        backends = benchmarking.choose(args.backends, possible)
+        check_backends(backends, device, dtype)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    contenders = [
+        Contender(b, lambda b=b, **inputs: selective_scan(**inputs, delta_softplus=True, backend=b)) for b in backends
+    ]
+    others = [] if args.no_alternatives else list(alternatives(device))
+    rows = []
+    for shape in shapes:
+        inputs = arguments(shape, device, dtype)
+        name, elements = "x".join(map(str, shape)), shape[0] * shape[1] * shape[2]
+        rows += [benchmarking.measure(name, elements, contender, inputs) for contender in (*others, *contenders)]
+    benchmarking.report(rows, _USUAL, args.csv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,496 @@
+"""The selective scan in Triton: tile sizes, buffers and launches. The kernels are in ``triton_forward`` and
+``triton_backward``; the arguments are the canonical ones of `genssm.kernels.selective_scan.op`.
+
+Sizes depend on E, G, N and the device only. Where batch x channels (x directions) cannot fill the device, time is
+split into segments; where they can and directions share a result, one program takes the directions in turn and adds
+them without a buffer per direction. Nothing is added atomically, so two runs give the same bits.
+"""
+
+import dataclasses
+import functools
+
+import torch
+from torch import Tensor
+
+from genssm.kernels.selective_scan.reference import directions_of
+from genssm.kernels.selective_scan.triton_backward import scan_adjoint_kernel, scan_backward_kernel
+from genssm.kernels.selective_scan.triton_forward import chain_kernel, scan_forward_kernel
+from genssm.kernels.triton_launch import device_of, first_steps, named, processors, refuse_double, strides
+
+_NAME = "selective_scan"
+_LANES = 32
+_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
+_ENOUGH = 6  # programs per multiprocessor from which on time is not split
+_WANTED = 16  # programs per multiprocessor to aim at when it is
+_SEGMENT_CHUNKS = 4  # shortest segment worth its second pass
+_PARTIAL_BYTES = 4  # bytes of partial dB and dC per token and channel to stay under where the device stays full
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How a warp holds channels and states; see ``triton_tiles``."""
+
+    EC: int
+    NI: int
+    NL: int
+    EL: int
+
+    @property
+    def channels(self) -> int:
+        return self.EC * self.EL
+
+    def blocks(self, channels: int) -> int:
+        return -(-channels // self.channels)
+
+
+def chunk_steps(states: int) -> int:
+    """Steps between two checkpoints."""
+    return 32 if states <= 16 else 64 if states <= 64 else 128
+
+
+def saved_shape(
+    batch: int, directions: int, length: int, channels: int, states: int, sequences: int
+) -> tuple[int, int, int, int, int]:
+    """Shape of the checkpoints: the state before every `chunk_steps` steps of each order, (Bt, K, chunks, N, E)."""
+    chunk = chunk_steps(states)
+    return batch, directions, (length + chunk - 1) // chunk, states, channels
+
+
+def forward_tile(states: int, block_e: int | None = None, state_lanes: int | None = None) -> Tile:
+    """Up to 32 states in a lane, so that most sums over states need no shuffle."""
+    padded = _power_of_two(states)
+    return _tile(padded, state_lanes or max(1, padded // 32), block_e)
+
+
+def backward_tile(states: int, block_e: int | None = None, state_lanes: int | None = None) -> Tile:
+    """About 16 elements in a lane, split so that the sums over states and over channels share the shuffles."""
+    padded = _power_of_two(states)
+    lanes = state_lanes or min(padded, 4 if padded <= 32 else 8 if padded <= 64 else 16)
+    channels_per_lane = 1 if padded == 1 else min(4, max(1, 16 * lanes // padded))
+    return _tile(padded, lanes, block_e or channels_per_lane * (_LANES // lanes))
+
+
+def scan_forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    orders: Tensor | None,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reduce_sum: bool,
+    *,
+    block_e: int | None = None,
+    state_lanes: int | None = None,
+    unroll: int | None = None,
+    segments: int | None = None,
+    float_maps: bool | None = None,
+    registers: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scan all directions.
+
+    Args:
+        block_e, state_lanes, unroll, segments: channels of a program, lanes that share the states of a channel,
+            tokens per trip, and pieces that time is split into; None takes the built-in choice. For measurements.
+        float_maps: convert B and C to float32 once instead of in every program.
+        registers: limit of registers of a lane, on NVIDIA devices.
+    Returns:
+        The result, the last state and the checkpoints (`saved_shape`); see `genssm.kernels.selective_scan.op`.
+    Raises:
+        ValueError: float64 inputs.
+    """
+    refuse_double(_NAME, u, delta, B, C, z)
+    batch, _, length, channels = u.shape
+    states, groups = A.shape[-1], B.shape[3]
+    directions = directions_of(orders, u, delta, A, B, C, D, z, delta_bias)
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    tile = forward_tile(states, block_e, state_lanes)
+    group_blocks = tile.blocks(channels // groups)
+    saved = u.new_empty(saved_shape(batch, directions, length, channels, states, sequences), dtype=torch.float32)
+    chunks = saved.shape[2]
+    last = u.new_empty(sequences, directions, channels, states, dtype=torch.float32)
+    summed = reduce_sum and directions > 1
+    plan = _split(sequences * groups * group_blocks, directions, summed, chunks, cu_seqlens, segments, u.device)
+    in_turn = summed and plan.direction_programs == 1
+    out = u.new_empty((batch, length, channels) if reduce_sum else (batch, directions, length, channels))
+    target = out
+    if summed and (not in_turn or out.dtype != torch.float32):
+        shape = (batch, length, channels) if in_turn else (batch, directions, length, channels)
+        target = u.new_empty(shape, dtype=torch.float32)
+    if not sequences:
+        return out, last, saved
+
+    with device_of(u):
+        a = A.float().transpose(-1, -2).contiguous()  # (K, N, E)
+        skip, bias = _rows(D), _rows(delta_bias)
+        carry = decay = None
+        if plan.segments > 1:
+            carry = u.new_empty(sequences, directions, plan.segments, states, channels, dtype=torch.float32)
+            decay = u.new_empty(sequences, directions, plan.segments, channels, dtype=torch.float32)
+        if float_maps:
+            B, C = _floats(B), _floats(C)
+        b_strides, c_strides = strides(B), strides(C)
+        arguments = {
+            "u": u,
+            "delta": delta,
+            "a": a,
+            "b": B,
+            "c": C,
+            "skip": skip,
+            "z": z,
+            "bias": bias,
+            "orders": orders,
+            "initial": initial_state,
+            "lengths": lengths,
+            "first_steps": first_steps(orders, cu_seqlens, length, directions),
+            "borders": cu_seqlens,
+            "out": out if in_turn else target,
+            "partial": target,
+            "last": last,
+            "saved": saved,
+            "carry": carry,
+            "decay": decay,
+            **named("u", "bkle", strides(u)),
+            **named("d", "bkle", strides(delta)),
+            **named("z", "bkle", strides(z, 4)),
+            **named("b", "bklgn", b_strides),
+            **named("c", "bklgn", c_strides),
+            "a_k": strides(a, directions=0)[0],
+            "skip_k": strides(skip, 2, directions=0)[0],
+            "bias_k": strides(bias, 2, directions=0)[0],
+            **named("i", "sken", strides(initial_state, 4)),
+            "out_b": target.stride(0),
+            "out_k": 0 if target.ndim == 3 else target.stride(1),
+            "length": length,
+            "sequences": sequences,
+            "directions": directions,
+            "direction_programs": plan.direction_programs,
+            "segments": plan.segments,
+            "segment_chunks": plan.segment_chunks,
+            "chunks": chunks,
+            "zero": 0,
+            "SOFTPLUS": delta_softplus,
+            "SEGMENTED": plan.segments > 1,
+            "ACCUMULATE": in_turn,
+            "ALIGNED": _aligned(b_strides, c_strides),
+            "CHANNELS": channels,
+            "GROUP_CHANNELS": channels // groups,
+            "STATES": states,
+            "WIDE": _wide(u, delta, B, C, z, out),
+            "CHUNK": chunk_steps(states),
+            "UNROLL": unroll or 4,
+            **dataclasses.asdict(tile),
+            **_options(registers),
+        }
+        grid = (groups * group_blocks * plan.direction_programs * plan.segments * sequences,)
+        if plan.segments > 1:
+            scan_forward_kernel[grid](**arguments, OUTPUT=False)
+            _chain(carry, decay, a, initial_state, tile, reverse=False)
+        scan_forward_kernel[grid](**arguments, OUTPUT=True)
+        if target.ndim > out.ndim:
+            out = target.sum(1).to(out.dtype)
+    return out, last, saved
+
+
+def scan_backward(
+    grad_out: Tensor,
+    grad_last_state: Tensor | None,
+    saved: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    orders: Tensor | None,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reduce_sum: bool,
+    *,
+    block_e: int | None = None,
+    state_lanes: int | None = None,
+    unroll: int | None = None,
+    segments: int | None = None,
+    block_programs: int | None = None,
+    keep_decay: bool | None = None,
+    registers: int | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `scan_forward`.
+
+    Args:
+        block_e, state_lanes, unroll, segments: as in `scan_forward`. ``unroll`` divides `chunk_steps`.
+        block_programs: programs that share the blocks of a group, and slots of partial dB and dC.
+        keep_decay: hold exp(delta A) of a trip in registers instead of computing it again.
+        registers: limit of registers of a lane, on NVIDIA devices. For measurements, all of them.
+    Returns:
+        The nine gradients, each in the shape and dtype of its input, None for an absent one; see
+        `genssm.kernels.selective_scan.op`.
+    Raises:
+        ValueError: float64 inputs.
+    """
+    refuse_double(_NAME, u, delta, B, C, z)
+    batch, _, length, channels = u.shape
+    states, groups = A.shape[-1], B.shape[3]
+    chunk = chunk_steps(states)
+    _, directions, chunks, _, _ = saved.shape
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    tile = backward_tile(states, block_e, state_lanes)
+    group_blocks = tile.blocks(channels // groups)
+    if block_programs is None:
+        block_programs = _block_programs(group_blocks, groups, channels, states, sequences, u.device)
+    shared = [x is not None and x.shape[1] == 1 for x in (u, delta, z)]
+    summed = directions > 1 and any(shared)
+    plan = _split(sequences * groups * block_programs, directions, summed, chunks, cu_seqlens, segments, u.device)
+    works = sequences * plan.segments
+    work_programs = works
+    if plan.segments == 1:
+        wanted = _WANTED * processors(u.device)
+        work_programs = min(works, -(-wanted // (groups * block_programs * plan.direction_programs)))
+        work_programs = -(-works // -(-works // max(work_programs, 1))) if works else 0
+    programs = block_programs * groups * plan.direction_programs * work_programs
+
+    per_token = [_Summed(x, directions, plan.direction_programs) for x in (u, delta, z)]
+    new = functools.partial(u.new_empty, dtype=torch.float32)
+    da = new(work_programs, directions, states, channels)
+    db = new(block_programs, batch, directions, length, groups, states)
+    dc = torch.empty_like(db)
+    dskip = None if D is None else new(work_programs, directions, channels)
+    dbias = None if delta_bias is None else new(work_programs, directions, channels)
+    dinitial = None if initial_state is None else new(sequences, directions, channels, states)
+    if programs:
+        with device_of(u):
+            a = A.float().transpose(-1, -2).contiguous()  # (K, N, E)
+            skip, bias = _rows(D), _rows(delta_bias)
+            g = grad_out.unsqueeze(1) if reduce_sum else grad_out  # (Bt, 1 or K, L, E)
+            b_strides, c_strides, last_strides = strides(B), strides(C), strides(grad_last_state, 4)
+            inputs = {
+                "grad": g,
+                "delta": delta,
+                "a": a,
+                "c": C,
+                "z": z,
+                "bias": bias,
+                "orders": orders,
+                "lengths": lengths,
+                **named("g", "bkle", strides(g)),
+                **named("d", "bkle", strides(delta)),
+                **named("z", "bkle", strides(z, 4)),
+                **named("c", "bklgn", c_strides),
+                "a_k": strides(a, directions=0)[0],
+                "bias_k": strides(bias, 2, directions=0)[0],
+                "length": length,
+                "directions": directions,
+                "segments": plan.segments,
+                "segment_chunks": plan.segment_chunks,
+                "chunks": chunks,
+                "zero": 0,
+                "SOFTPLUS": delta_softplus,
+                "ALIGNED": _aligned(b_strides, c_strides),
+                "CHANNELS": channels,
+                "GROUP_CHANNELS": channels // groups,
+                "STATES": states,
+                "WIDE": _wide(u, delta, B, C, z, g, db),
+                "CHUNK": chunk,
+                "UNROLL": unroll or 4,
+                **dataclasses.asdict(tile),
+                **_options(registers),
+            }
+            carry = None
+            if plan.segments > 1:
+                carry = new(sequences, directions, plan.segments, states, channels)
+                decay = new(sequences, directions, plan.segments, channels)
+                grid = (groups * group_blocks * plan.segments * sequences * directions,)
+                scan_adjoint_kernel[grid](carry=carry, decay=decay, **inputs)
+                _chain(carry, decay, a, grad_last_state, tile, reverse=True)
+            scan_backward_kernel[(programs,)](
+                **inputs,
+                grad_last=grad_last_state,
+                saved=saved,
+                u=u,
+                b=B,
+                skip=skip,
+                initial=initial_state,
+                first_steps=first_steps(orders, cu_seqlens, length, directions),
+                borders=cu_seqlens,
+                carry=carry,
+                scratch=new(programs, chunk // (unroll or 4), tile.channels * tile.NI * tile.NL),
+                du=per_token[0].final,
+                ddelta=per_token[1].final,
+                dz=per_token[2].final,
+                du_sum=per_token[0].partial,
+                ddelta_sum=per_token[1].partial,
+                dz_sum=per_token[2].partial,
+                da=da,
+                db=db,
+                dc=dc,
+                dskip=dskip,
+                dbias=dbias,
+                dinitial=dinitial,
+                **named("u", "bkle", strides(u)),
+                **named("b", "bklgn", b_strides),
+                skip_k=strides(skip, 2, directions=0)[0],
+                **named("i", "sken", strides(initial_state, 4)),
+                **named("gl", "sken", last_strides),
+                **named("du", "bk", per_token[0].strides),
+                **named("dd", "bk", per_token[1].strides),
+                **named("dz", "bk", per_token[2].strides),
+                sequences=sequences,
+                direction_programs=plan.direction_programs,
+                batch=batch,
+                block_programs=block_programs,
+                works=works,
+                work_programs=work_programs,
+                SEGMENTED=plan.segments > 1,
+                ADD_U=per_token[0].in_turn,
+                ADD_DELTA=per_token[1].in_turn,
+                ADD_Z=per_token[2].in_turn,
+                KEEP_DECAY=bool(keep_decay),
+            )
+    du, ddelta, dz = (x.result() for x in per_token)
+    dA = _sum(da, A.shape[0]).transpose(-1, -2).to(A.dtype).contiguous()
+    dB, dC = (_sum(part, x.shape[1], 1).to(x.dtype) for part, x in ((db, B), (dc, C)))
+    dD = None if D is None else _sum(dskip, D.shape[0]).to(D.dtype)
+    ddelta_bias = None if delta_bias is None else _sum(dbias, delta_bias.shape[0]).to(delta_bias.dtype)
+    dinitial = None if dinitial is None else dinitial.to(initial_state.dtype)
+    return du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial
+
+
+class _Summed:
+    """A gradient per token that directions may share: where the kernel writes it, and its sum over directions."""
+
+    def __init__(self, x: Tensor | None, directions: int, direction_programs: int) -> None:
+        self.like, self.final, self.partial, self.in_turn, self.strides = x, None, None, False, (0, 0)
+        if x is None:
+            return
+        batch, own, length, channels = x.shape
+        shared = own < directions
+        self.in_turn = shared and direction_programs == 1
+        if shared and not self.in_turn:
+            self.final = x.new_empty((batch, directions, length, channels), dtype=torch.float32)
+        else:
+            self.final = x.new_empty(x.shape)
+        self.partial = self.final
+        if self.in_turn and x.dtype != torch.float32:
+            self.partial = x.new_empty(x.shape, dtype=torch.float32)
+        self.strides = (self.final.stride(0), 0 if self.final.shape[1] == 1 else self.final.stride(1))
+
+    def result(self) -> Tensor | None:
+        if self.like is None or self.final.shape == self.like.shape:
+            return self.final
+        return self.final.sum(1, keepdim=True).to(self.like.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    direction_programs: int
+    segments: int
+    segment_chunks: int
+
+
+def _split(
+    programs: int,
+    directions: int,
+    summed: bool,
+    chunks: int,
+    cu_seqlens: Tensor | None,
+    segments: int | None,
+    device: torch.device,
+) -> _Split:
+    """Share directions and time out to programs, of which batch and channels give ``programs`` already."""
+    enough = _ENOUGH * processors(device)
+    if summed and (segments == 1 or (segments is None and programs >= enough)):
+        return _Split(1, 1, chunks)
+    if segments is None:
+        segments = 1
+        if cu_seqlens is None and 0 < programs * directions < enough:
+            wanted = -(-_WANTED * processors(device) // (programs * directions))
+            segments = max(1, min(wanted, chunks // _SEGMENT_CHUNKS))
+    if cu_seqlens is not None:
+        segments = 1  # packed sequences are the pieces already
+    segment_chunks = -(-chunks // segments)
+    return _Split(directions, -(-chunks // segment_chunks), segment_chunks)
+
+
+def _block_programs(
+    group_blocks: int, groups: int, channels: int, states: int, sequences: int, device: torch.device
+) -> int:
+    """As few as fill the device, and no more than the memory for partial dB and dC allows."""
+    memory = _PARTIAL_BYTES * channels // (8 * states * groups)
+    wanted = -(-_WANTED * processors(device) // max(1, sequences * groups))
+    programs = max(1, min(group_blocks, memory, wanted))
+    return -(-group_blocks // (-(-group_blocks // programs)))
+
+
+def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, tile: Tile, reverse: bool) -> None:
+    sequences, directions, segments, states, channels = carry.shape
+    chain_kernel[(tile.blocks(channels), sequences * directions)](
+        carry,
+        decay,
+        a,
+        seed,
+        strides(a, directions=0)[0],
+        *strides(seed, 4),
+        directions,
+        segments,
+        0,
+        REVERSE=reverse,
+        CHANNELS=channels,
+        STATES=states,
+        UNROLL=4,
+        **dataclasses.asdict(tile),
+        **_OPTIONS,
+    )
+
+
+def _sum(parts: Tensor, own: int, dim: int = 0) -> Tensor:
+    """Sum the slots (dimension 0), then the directions (``dim`` of the rest) where they are shared."""
+    total = parts[0] if parts.shape[0] == 1 else parts.sum(0)
+    return total.sum(dim, keepdim=True) if own < total.shape[dim] else total
+
+
+def _floats(x: Tensor) -> Tensor:
+    """(Bt, K, L, G, N) as float32; groups that are one stay one."""
+    return x[:, :, :, :1].float().expand(x.shape) if x.stride(3) == 0 else x.float()
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def _aligned(*strides: tuple[int, ...]) -> bool:
+    """Whether every row of B and C can start a 16-byte load, as far as batch, direction and group decide it."""
+    return all(stride % 8 == 0 for b, k, _, g, _ in strides for stride in (b, k, g))
+
+
+def _wide(*tensors: Tensor | None) -> bool:
+    """Whether an offset inside one batch row and direction needs 64 bits."""
+    return any(
+        sum((size - 1) * abs(stride) for size, stride in zip(x.shape[1:], x.stride()[1:])) >= 2**31
+        for x in tensors
+        if x is not None
+    )
+
+
+def _options(registers: int | None) -> dict[str, int | bool]:
+    return _OPTIONS if registers is None else {**_OPTIONS, "maxnreg": registers}
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _tile(padded_states: int, state_lanes: int, block_e: int | None) -> Tile:
+    channel_lanes = _LANES // state_lanes
+    return Tile(
+        max(1, (block_e or channel_lanes) // channel_lanes), padded_states // state_lanes, state_lanes, channel_lanes
+    )

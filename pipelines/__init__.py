@@ -1,0 +1,14 @@
+"""From a saved folder to images; importing this makes the classes known to diffusers' ``DiffusionPipeline``."""
+
+import diffusers
+
+from genssm.pipelines.class_conditional_image import ClassConditionalImagePipeline
+from genssm.pipelines.upsampling import DiMUpsamplingPipeline
+from genssm.registration import register_library
+
+__all__ = ["ClassConditionalImagePipeline", "DiMUpsamplingPipeline"]
+
+register_library()
+for _name in __all__:
+    # DiffusionPipeline.from_pretrained looks a pipeline class up by its name on the diffusers module.
+    setattr(diffusers, _name, globals()[_name])

@@ -1,0 +1,196 @@
+"""Images of given classes, or of no class, from any denoiser of :data:`genssm.models.MODELS`."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, ImagePipelineOutput, ModelMixin, SchedulerMixin
+
+from genssm.pipelines.denoising import DenoisingPipeline, Generators, Guidance, set_times
+
+Label = int | str
+Condition = dict[str, torch.Tensor]
+
+
+class ClassConditionalImagePipeline(DenoisingPipeline):
+    """Class-conditional and unconditional generation of images, in pixels or in the latents of a VAE.
+
+    Any scheduler of diffusers or of :mod:`genssm.schedulers` that fits what the denoiser predicts can be put in
+    ``pipe.scheduler`` (:func:`genssm.schedulers.swap_scheduler` builds fitting ones by name).
+
+    Args:
+        denoiser: predicts from (hidden_states, timestep, class_labels).
+        scheduler: sampler.
+        vae: decodes the denoiser's latents; None for a denoiser of pixels in [-1, 1].
+        class_names: name of each class, so that labels can be given by name.
+    """
+
+    def __init__(
+        self,
+        denoiser: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | AutoencoderTiny | None = None,
+        class_names: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        classes = denoiser.config.get("num_classes", 0)
+        if class_names is not None and len(class_names) != classes:
+            raise ValueError(f"{len(class_names)} class_names for a denoiser of {classes} classes")
+        self.register_modules(denoiser=denoiser, scheduler=scheduler, vae=vae)
+        self.register_to_config(class_names=class_names)
+        self._guidance, self._num_timesteps, self._interrupt = Guidance(), 0, False
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Label | Sequence[Label] | torch.Tensor | None = None,
+        *,
+        num_images: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
+        guidance_power: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        ode_solver: str | None = None,
+        ode_options: Mapping[str, object] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., Mapping[str, torch.Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Generate images.
+
+        Args:
+            class_labels: one label for all images or one for each, as index or name; None for an unconditional
+                denoiser, or for the null class of one with classes.
+            num_images: how many; by default as many as labels, or 1.
+            num_inference_steps: steps of the scheduler, or of a fixed-step ``ode_solver``.
+            guidance_scale: weight of classifier-free guidance, null + scale (class - null); 1 is none.
+            guidance_interval: times, 0 data to 1 noise, between which guidance is used.
+            guidance_rescale: 0 to 1, see :class:`genssm.pipelines.denoising.Guidance`.
+            guidance_power: lets the scale grow from 1 at the data to ``guidance_scale`` at the noise, see there.
+            height, width: size of the images in pixels; the denoiser's own by default.
+            generator: one for all images, or a list with one for each; with a list an image does not depend on the
+                batch it is made in.
+            latents: initial noise (B, C, h, w), standard normal, instead of drawing it.
+            ode_solver: a method of :func:`genssm.solvers.solve_ode` ("dopri5", ...) instead of the scheduler's steps,
+                for flow models.
+            ode_options: further arguments of it: rtol, atol, error_norm, max_evaluations.
+            output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent".
+            return_dict: False returns a tuple.
+            callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": ...})`` after each step; what
+                it returns under "latents" takes their place.
+            callback_on_step_end_tensor_inputs: names handed to it.
+        Returns:
+            An output with ``images``.
+        Raises:
+            ValueError: contradictory or impossible arguments; raised before anything is computed.
+
+        Example:
+            >>> from genssm import ClassConditionalImagePipeline
+            >>> pipe = ClassConditionalImagePipeline.from_pretrained("runs/digits/checkpoints/step_0002000/pipeline")
+            >>> pipe(["3", "7"], generator=[torch.Generator().manual_seed(i) for i in (0, 1)]).images[0].save("3.png")
+        """
+        self._guidance = Guidance(guidance_scale, tuple(guidance_interval), guidance_rescale, guidance_power)
+        self._interrupt = False
+        labels, num_images = self.resolve_labels(class_labels, num_images)
+        self._check_call(
+            num_images, num_inference_steps, generator, output_type,
+            callback_on_step_end_tensor_inputs, ode_solver, ode_options, callback_on_step_end,
+        )  # fmt: skip
+        device = self._execution_device
+        condition, null = self._conditions(labels, num_images, device)
+        shape = self._latent_shape(num_images, height, width)
+
+        if ode_solver is not None:
+            latents = self._prepare_latents(shape, generator, latents, device)  # (B, C, h, w), float32
+            latents = self._solve_ode(latents, ode_solver, num_inference_steps, ode_options or {}, condition, null)
+        else:
+            timesteps, times = set_times(self.scheduler, num_inference_steps, device)
+            latents = self._prepare_latents(shape, generator, latents, device)  # (B, C, h, w), float32
+            self._num_timesteps = len(timesteps)
+            arguments = self._step_arguments(generator)
+            with self.progress_bar(total=len(timesteps)) as bar:
+                for i, (t, time) in enumerate(zip(timesteps, times)):
+                    x = latents
+                    if hasattr(self.scheduler, "scale_model_input"):
+                        x = self.scheduler.scale_model_input(latents, t)
+                    prediction = self._predict(x, time, condition, null)
+                    latents = self.scheduler.step(prediction, t, latents, **arguments).prev_sample
+                    if callback_on_step_end is not None:
+                        given = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                        latents = (callback_on_step_end(self, i, t, given) or {}).get("latents", latents)
+                    bar.update()
+                    if self._interrupt:
+                        break
+
+        images = self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def resolve_labels(
+        self, class_labels: Label | Sequence[Label] | torch.Tensor | None, num_images: int | None
+    ) -> tuple[list[int] | None, int]:
+        """Indices of the classes, one per image (None without labels), and the number of images.
+
+        Args:
+            class_labels, num_images: as given to the call.
+        Raises:
+            ValueError: an unknown class, labels for a denoiser without classes, or contradictory numbers.
+        """
+        classes = self.denoiser.config.get("num_classes", 0)
+        null = getattr(self.denoiser, "null_class_label", None)
+        if class_labels is None:
+            if classes and null is None:
+                raise ValueError(f"this denoiser knows {classes} classes and no null class; pass class_labels")
+            return None, 1 if num_images is None else num_images
+        if not classes:
+            raise ValueError("this denoiser is unconditional; leave class_labels out and pass num_images")
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.flatten().tolist()
+        if isinstance(class_labels, (int, str)):
+            class_labels = [class_labels]
+        labels = [self._index(label, classes, null) for label in class_labels]
+        if num_images is not None and len(labels) == 1:
+            labels = labels * num_images
+        if not labels or (num_images is not None and num_images != len(labels)):
+            raise ValueError(
+                f"{len(labels)} class_labels for num_images={num_images}; pass one label, or one per image"
+            )
+        return labels, len(labels)
+
+    def _index(self, label: Label, classes: int, null: int | None) -> int:
+        """Index of a class given by index or by name; names come first, so that "7" may be one."""
+        names = self.config.class_names or []
+        if isinstance(label, str):
+            if label in names:
+                return names.index(label)
+            if not label.isdecimal():
+                known = f"the names are {', '.join(names)}" if names else "the pipeline has no class_names"
+                raise ValueError(f"there is no class named {label!r}; {known}")
+            label = int(label)
+        if not (0 <= label < classes or label == null):
+            raise ValueError(f"class label {label} is not in 0..{classes - 1}, the classes of this denoiser")
+        return label
+
+    def _conditions(
+        self, labels: list[int] | None, num_images: int, device: torch.device
+    ) -> tuple[Condition, Condition]:
+        """Arguments of the denoiser with the condition, and without it (empty where there is no guidance)."""
+        null = getattr(self.denoiser, "null_class_label", None)
+        if labels is None and null is None:
+            if self._guidance.scale != 1:
+                raise ValueError("guidance_scale needs classes, and this denoiser is unconditional; leave it at 1")
+            return {}, {}
+        null_labels = None if null is None else torch.full((num_images,), null, device=device)
+        if labels is None:
+            return {"class_labels": null_labels}, {}
+        condition = {"class_labels": torch.tensor(labels, device=device)}
+        if self._guidance.scale == 1:
+            return condition, {}
+        if null is None:
+            raise ValueError("guidance_scale needs a null class, and this denoiser has none; leave it at 1")
+        return condition, {"class_labels": null_labels}

@@ -1,0 +1,230 @@
+"""Draw images from a run or a pipeline folder: ``python sample.py --model runs/digits --out images``.
+
+Image i starts from the noise of a generator seeded ``--seed`` + i and gets the label number i of ``--class-labels``,
+over and over. It does not depend on the batch size or on the number of processes, so the same command under
+``accelerate launch`` or ``torchrun`` writes the same files, faster; and a broken-off one goes on where it stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tqdm import tqdm
+
+import genssm.pipelines  # noqa: F401  makes our pipeline classes known to diffusers
+from genssm import env
+from genssm.errors import cli
+from genssm.kernels import dispatch
+from genssm.schedulers import SCHEDULER_NAMES, swap_scheduler
+from genssm.solvers import ADAPTIVE_METHODS, FIXED_METHODS
+from genssm.training.checkpoint import resolve_pipeline
+from genssm.training.samples import grid_columns, make_grid
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RECORD, PARTIAL = "samples.json", ".partial-"
+CALL = ("height", "width", "num_inference_steps", "guidance_scale", "guidance_interval", "guidance_rescale",
+        "guidance_power")  # fmt: skip  # arguments of the pipeline that are options of the same name
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what to draw")
+    what.add_argument("--model", required=True, help="run (its newest checkpoint), checkpoint or pipeline folder")
+    what.add_argument("--class-labels", nargs="+", metavar="LABEL", help='indices or names, or "all" (the default)')
+    what.add_argument("--num-images", type=positive, help="default: one for each label; 16 without classes")
+    what.add_argument("--seed", type=int, default=0, help="seed of image 0; image i has seed + i (default: 0)")
+    what.add_argument("--height", type=int, help="pixels; default: what the model was made for")
+    what.add_argument("--width", type=int)
+    how = parser.add_argument_group("how to sample")
+    how.add_argument("--num-inference-steps", type=positive, default=50, help="steps of the scheduler (default: 50)")
+    how.add_argument("--scheduler", choices=SCHEDULER_NAMES, help="another sampler than the model's own")
+    how.add_argument("--ode-solver", choices=ADAPTIVE_METHODS + FIXED_METHODS, help="for flow models, e.g. dopri5")
+    how.add_argument("--ode-rtol", type=float, default=1e-3, help="relative tolerance of --ode-solver (default: 1e-3)")
+    how.add_argument("--ode-atol", type=float, default=1e-6, help="absolute tolerance of --ode-solver (default: 1e-6)")
+    how.add_argument("--guidance-scale", type=float, default=1.0, help="classifier-free guidance; 1 is none (default)")
+    how.add_argument("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"),
+                     help="times with guidance, 0 data to 1 noise (default: 0 1)")  # fmt: skip
+    how.add_argument("--guidance-rescale", type=float, default=0.0, help="0 to 1 (default: 0)")
+    how.add_argument("--guidance-power", type=float, default=0.0, help="less near the data; DiMSUM: 4 (default: 0)")
+    where = parser.add_argument_group("where")
+    where.add_argument("--out", required=True, type=Path, help="folder for 000000.png, 000001.png, ... and " + RECORD)
+    where.add_argument("--grid", type=Path, help="also one picture of all images, small ones enlarged")
+    where.add_argument("--upscale", type=positive, help="enlarge the images of --grid by this factor")
+    where.add_argument("--overwrite", action="store_true", help="replace images that other settings have made")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--batch-size", type=positive, default=64, help="images at once in each process (default: 64)")
+    machine.add_argument("--device", help="default: the accelerator, else the CPU")
+    machine.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+    machine.add_argument("--compile", action="store_true", help="compile the denoiser's repeated blocks")
+    return parser.parse_args()
+
+
+def load(folder: Path, args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
+    """The pipeline in a folder, on its device, with the sampler asked for."""
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=DTYPES[args.dtype]).to(device)
+    if args.scheduler:
+        pipe.scheduler = swap_scheduler(pipe.scheduler, args.scheduler)
+    if args.compile:
+        pipe.denoiser.compile_repeated_blocks()
+    return pipe
+
+
+def choose_labels(pipe: DiffusionPipeline, given: list[str] | None) -> list[int] | None:
+    """Indices of the classes to go through, None for a model without classes."""
+    classes = pipe.denoiser.config.get("num_classes", 0)
+    if given == ["all"] or (given is None and classes):
+        given = list(range(classes))
+    return pipe.resolve_labels(given, None)[0] if given else None
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the names and contents of a pipeline's configurations and weights."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".json", ".safetensors"):
+            digest.update(path.relative_to(folder).as_posix().encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def describe(args: argparse.Namespace, folder: Path, pipe: DiffusionPipeline, labels: list[int] | None) -> dict:
+    """Everything that decides the images: two runs with equal settings on equal machines make equal files."""
+    device = pipe.device
+    return {
+        "pipeline_sha256": fingerprint(folder),
+        "seed": args.seed,
+        "class_labels": labels,
+        "scheduler": json.loads(pipe.scheduler.to_json_string()),
+        "ode_solver": args.ode_solver and {"method": args.ode_solver, "rtol": args.ode_rtol, "atol": args.ode_atol},
+        **{key: getattr(args, key) for key in CALL},
+        "dtype": args.dtype,
+        "compile": args.compile,
+        "device": env.device_name(device) if device.type != "cpu" else "cpu",
+        "backends": {op: dispatch.resolve(op, "auto", torch.empty(1, device=device)) for op in env.OPS},
+    }
+
+
+def check_folder(out: Path, settings: dict, overwrite: bool) -> bool:
+    """Whether images that lie in ``out`` may stay; refuses those of other settings unless they may be replaced."""
+    if overwrite or not out.exists():
+        return False
+    images = list(out.glob("[0-9]*.png"))
+    record = out / RECORD
+    found = json.loads(record.read_text())["settings"] if record.is_file() else {}
+    if not images or found == settings:
+        return True
+    differ = [key for key in settings if found.get(key) != settings[key]] if found else ["no " + RECORD]
+    raise FileExistsError(
+        f"{out} holds {len(images)} images of other settings ({', '.join(differ)}); "
+        "choose another --out or replace them with --overwrite"
+    )
+
+
+def write(path: Path, save: Callable[[Path], None]) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(PARTIAL + path.name)
+    save(partial)
+    partial.replace(path)
+
+
+def prepare(args: argparse.Namespace, record: dict, state: PartialState) -> list[Path]:
+    """Make the output folder ready; returns the files to be made, the same in every process."""
+    keep = check_folder(args.out, record["settings"], args.overwrite)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for old in (*args.out.glob(PARTIAL + "*"), *([] if keep else args.out.glob("[0-9]*.png"))):
+            old.unlink()
+        write(args.out / RECORD, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+    state.wait_for_everyone()
+    files = [args.out / f"{i:06d}.png" for i in range(record["num_images"])]
+    missing = [path for path in files if not path.exists()]
+    state.wait_for_everyone()
+    return missing
+
+
+def draw(pipe: DiffusionPipeline, files: list[Path], args: argparse.Namespace, settings: dict, quiet: bool) -> None:
+    """Make the images with these file names, whose numbers are their places."""
+    labels = settings["class_labels"]
+    call = {key: settings[key] for key in CALL}
+    if args.ode_solver:
+        options = {} if args.ode_solver in FIXED_METHODS else {"rtol": args.ode_rtol, "atol": args.ode_atol}
+        call |= {"ode_solver": args.ode_solver, "ode_options": options}
+    many = len(files) > args.batch_size  # then progress counts images, else steps
+    pipe.set_progress_bar_config(disable=many or quiet)
+    with tqdm(total=len(files), unit="image", disable=quiet or not many) as bar:
+        for first in range(0, len(files), args.batch_size):
+            batch = files[first : first + args.batch_size]
+            places = [int(path.stem) for path in batch]
+            images = pipe(
+                [labels[i % len(labels)] for i in places] if labels else None,
+                num_images=len(places),
+                generator=[torch.Generator().manual_seed(args.seed + i) for i in places],
+                **call,
+            ).images
+            for path, image in zip(batch, images):
+                write(path, lambda path, image=image: image.save(path, format="PNG"))
+            bar.update(len(batch))
+
+
+def main() -> None:
+    """Load, draw what is missing, write files and the grid."""
+    args = parse_args()
+    # Intel's matrix products: the same bits with any number of threads (read at the first product, costs nothing).
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    folder = resolve_pipeline(args.model)
+    # accelerate joins processes on the CPU only when told that the CPU is meant.
+    use_cpu = args.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=use_cpu)
+    device = torch.device(args.device) if args.device and state.num_processes == 1 else state.device
+    pipe = load(folder, args, device)
+    labels = choose_labels(pipe, args.class_labels)
+    record = {
+        "settings": describe(args, folder, pipe, labels),
+        "num_images": args.num_images or (len(labels) if labels else 16),
+        "model": str(args.model),
+        "pipeline": str(folder),
+        "command": sys.argv,
+        "processes": state.num_processes,
+        "versions": env.versions(),
+    }
+
+    missing = prepare(args, record, state)
+    start = time.perf_counter()
+    draw(pipe, missing[state.process_index :: state.num_processes], args, record["settings"], not state.is_main_process)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return
+    if missing:
+        seconds = time.perf_counter() - start
+        print(f"{len(missing)} images in {seconds:.1f} s ({len(missing) / seconds:.2f} per second)")
+    print(f"images    {args.out} ({record['num_images']} files, {len(missing)} new)")
+    if args.grid:
+        args.grid.parent.mkdir(parents=True, exist_ok=True)
+        pictures = [Image.open(args.out / f"{i:06d}.png") for i in range(record["num_images"])]
+        grid = make_grid(pictures, grid_columns(len(pictures), len(labels or ())), args.upscale)
+        write(args.grid, lambda path: grid.save(path, format="PNG"))
+        print(f"grid      {args.grid}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,275 @@
+"""Stored latents: every layout gives back the same latents; declarations are checked; the encoder."""
+
+import io
+import json
+import logging
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from safetensors.numpy import save_file
+
+from genssm.config import DataConfig, LatentsConfig
+from genssm.data import build_dataset
+from genssm.data import encode as encoder
+from genssm.data.encode import encode_dataset
+from genssm.data.latents import check_vae, encode_images, load_vae
+from genssm.data.layouts import LAYOUTS
+
+LABELS = np.array([0, 1, 2, 0, 1, 2, 0, 1])
+SCALE = 0.18215
+
+
+def latents() -> np.ndarray:
+    """Eight latents as a model sees them."""
+    return np.random.default_rng(0).standard_normal((8, 4, 6, 6)).astype(np.float32)
+
+
+def moments(spread: float) -> np.ndarray:
+    return np.concatenate([latents() / SCALE, np.full((8, 4, 6, 6), spread, np.float32)], 1)
+
+
+def own(root: Path) -> None:
+    np.save(root / "latents.npy", latents() / SCALE)
+    np.save(root / "labels.npy", LABELS)
+    meta = {"form": "sample", "scaled": False, "scale": SCALE, "shift": 0.0, "flip_rows": False}
+    (root / "meta.json").write_text(json.dumps(meta))
+
+
+def uvit(root: Path) -> None:
+    for i, (z, label) in enumerate(zip(moments(-60.0), LABELS)):
+        with (root / f"{i}.npy.npz").open("wb") as file:
+            np.savez(file, z=z, label=label)
+
+
+def pairs(root: Path) -> None:
+    for kind in ("features", "labels"):
+        (root / f"imagenet256_{kind}").mkdir()
+    for i, (z, label) in enumerate(zip(latents(), LABELS)):
+        np.save(root / "imagenet256_features" / f"{i:09d}.npy", z[None])
+        np.save(root / "imagenet256_labels" / f"{i:09d}.npy", np.array([label]))
+
+
+def memmap(root: Path) -> None:
+    np.concatenate([latents(), latents()[..., ::-1]]).tofile(root / "imagenet256_feature_flip.dat")
+    np.concatenate([LABELS, LABELS]).astype(np.int64).tofile(root / "imagenet256_label_flip.dat")
+
+
+def shards(root: Path) -> None:
+    for shard in range(2):
+        with tarfile.open(root / f"{shard}.tar", "w") as archive:
+            for i in range(4 * shard, 4 * shard + 4):
+                stream = io.BytesIO()
+                np.save(stream, latents()[i] / np.float32(SCALE))
+                fields = {"img_feature256.npy": stream.getvalue(), "cls_id.cls": str(LABELS[i]).encode()}
+                for name, data in fields.items():
+                    member = tarfile.TarInfo(f"{i:06d}.{name}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+
+
+def edm_zip(root: Path) -> None:
+    shift = np.array([5.81, 3.25, 0.12, -2.15], np.float32)[:, None, None]
+    deviation = np.array([4.17, 4.62, 3.71, 3.28], np.float32)[:, None, None]
+    with zipfile.ZipFile(root / "a.zip", "w") as archive:
+        names = [f"00000/img-mean-std-{i:08d}.npy" for i in range(8)]
+        for name, z in zip(names, latents()):
+            stream = io.BytesIO()
+            np.save(stream, np.concatenate([2 * z * deviation + shift, np.zeros_like(z)]))
+            archive.writestr(name, stream.getvalue())
+        archive.writestr("dataset.json", json.dumps({"labels": [[n, int(v)] for n, v in zip(names, LABELS)]}))
+
+
+def one_npz(root: Path) -> None:
+    np.savez(root / "a.npz", latents=latents(), labels=LABELS)
+
+
+def one_safetensors(root: Path) -> None:
+    save_file({"latents": latents(), "labels": LABELS}, root / "a.safetensors")
+
+
+def nested(root: Path) -> None:
+    for i, (z, label) in enumerate(zip(latents(), LABELS)):
+        (root / f"{i}").mkdir()
+        np.save(root / f"{i}" / f"n{label}_{i}.npy", z)
+
+
+CASES = {
+    own: ("", {}), uvit: ("", {}), pairs: ("", {}), memmap: ("", {}), shards: ("", {}), edm_zip: ("a.zip", {}),
+    one_npz: ("a.npz", {"form": "sample", "scaled": True}),
+    one_safetensors: ("a.safetensors", {"form": "sample", "scaled": True}),
+    nested: ("", {"form": "sample", "scaled": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", CASES)
+def test_layouts_agree(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path)
+    file, declared = CASES[make]
+    dataset = build_dataset(name="latents", path=str(tmp_path / file), latents=LatentsConfig(**declared))
+    assert len(dataset) == 8 and dataset.item_shape == (4, 6, 6) and dataset.num_classes == 3
+    expected = torch.from_numpy(latents())
+    for reader in (dataset, dataset.in_memory()):
+        for i in range(8):
+            for item in (reader[i], reader.item(i, 12)):
+                torch.testing.assert_close(item["latents"], expected[i], rtol=0, atol=1e-5)
+                assert item["class_labels"] == LABELS[i]
+
+
+def test_all_layouts_are_tested() -> None:
+    assert len(LAYOUTS) == len(CASES) - 1  # an archive is npz or safetensors
+
+
+@pytest.mark.parametrize(("form", "spread"), [("mean_logvar", 2 * np.log(2.0)), ("mean_std", 2.0)])
+def test_draws_from_moments(tmp_path: Path, form: str, spread: float) -> None:
+    np.savez(tmp_path / "a.npz", latents=moments(spread), labels=LABELS)
+    config = LatentsConfig(form=form, scaled=False, scale=[SCALE])
+    dataset = build_dataset(name="latents", path=str(tmp_path / "a.npz"), latents=config)
+    torch.testing.assert_close(dataset[3]["latents"], torch.from_numpy(latents()[3]), rtol=0, atol=1e-5)
+    draws = torch.stack([dataset.item(3, k)["latents"] for k in range(400)]) - dataset[3]["latents"]
+    assert abs(draws.std().item() - 2 * SCALE) < 0.01 and abs(draws.mean().item()) < 0.01
+    assert torch.equal(dataset.item(3, 7)["latents"], dataset.item(3, 7)["latents"])
+
+
+def test_mirrored_rows(tmp_path: Path) -> None:
+    memmap(tmp_path)
+    dataset = build_dataset(name="latents", path=str(tmp_path), flip=True)
+    assert torch.equal(dataset.item(2, 1)["latents"], dataset.item(2, 2)["latents"].flip(-1))
+    with pytest.raises(ValueError, match="encode with --flip"):
+        build_dataset(name="latents", path=str(tmp_path), flip=True, latents=LatentsConfig(flip_rows=False))
+    with pytest.raises(ValueError, match="flip_rows"):
+        build_dataset(name="latents", path=str(tmp_path), latents=LatentsConfig(flip_rows=False))
+
+
+def test_scale_and_shift_per_channel(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", latents=latents())
+    config = LatentsConfig(form="sample", scaled=False, scale=[1, 2, 3, 4], shift=[0, 0, 0, 1])
+    dataset = build_dataset(name="latents", path=str(tmp_path / "a.npz"), latents=config)
+    expected = (latents()[1] - np.array([0, 0, 0, 1])[:, None, None]) * np.array([1, 2, 3, 4])[:, None, None]
+    torch.testing.assert_close(dataset[1]["latents"].double(), torch.from_numpy(expected))
+    assert "class_labels" not in dataset[1]
+
+
+def test_wrong_declaration_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    np.savez(tmp_path / "a.npz", latents=latents() / SCALE)
+    logging.getLogger("genssm").propagate = True
+    build_dataset(name="latents", path=str(tmp_path / "a.npz"), latents=LatentsConfig(form="sample", scaled=True))
+    assert "deviation of 5." in caplog.text
+    caplog.clear()
+    config = LatentsConfig(form="sample", scaled=False, scale=[SCALE])
+    build_dataset(name="latents", path=str(tmp_path / "a.npz"), latents=config)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ({}, ValueError, r"data\.latents\.form and data\.latents\.scaled"),
+        ({"form": "sample", "scaled": False}, ValueError, r"data\.latents\.scale$"),
+        ({"layout": "zip"}, ValueError, "expected auto, own"),
+        ({"layout": "memmap"}, FileNotFoundError, "no latents of layout memmap"),
+    ],
+)
+def test_errors(tmp_path: Path, config: dict, error: type[Exception], message: str) -> None:
+    np.savez(tmp_path / "a.npz", latents=latents())
+    with pytest.raises(error, match=message):
+        build_dataset(name="latents", path=str(tmp_path / "a.npz"), latents=LatentsConfig(**config))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"name": "latents", "path": ".", "resolution": 8}, {"name": "digits", "latents": LatentsConfig(form="sample")}],
+)
+def test_keys_of_the_other_kind_are_refused(keys: dict) -> None:
+    with pytest.raises(ValueError, match="means nothing"):
+        build_dataset(**keys)
+
+
+def test_odd_moments(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", latents=latents()[:, :3])
+    with pytest.raises(ValueError, match="two halves"):
+        build_dataset(name="latents", path=str(tmp_path / "a.npz"), latents=LatentsConfig(form="mean_std", scaled=True))
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2, norm_num_groups=4, latent_channels=4,
+        scaling_factor=0.5, shift_factor=0.25,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+DIGITS = DataConfig(name="digits", split="test", resolution=8)
+
+
+def test_encode_and_read_back(tmp_path: Path, vae_folder: Path) -> None:
+    out = encode_dataset(
+        DIGITS, str(vae_folder), tmp_path / "a", flip=True, dtype="float32", batch_size=100, quiet=True
+    )
+    dataset = build_dataset(name="latents", path=str(out), flip=True)
+    images, vae = build_dataset(name="digits", split="test", channels=3), load_vae(vae_folder)
+    assert len(dataset) == len(images) == 355 and dataset.class_names == images.class_names
+    check_vae(dataset, vae)
+    pixels = images[11]["pixel_values"][None]
+    torch.testing.assert_close(dataset[11]["latents"], encode_images(vae, pixels)[0], rtol=0, atol=1e-5)
+    mirrored = encode_images(vae, pixels.flip(-1), torch.zeros(1, *dataset.item_shape))[0]
+    drawn = torch.stack([dataset.item(11, 2 * k + 1)["latents"] for k in range(200)])
+    assert (drawn.mean(0) - mirrored).abs().max() < 5 * drawn.std(0).max() / 200**0.5
+    assert dataset[11]["class_labels"] == images[11]["class_labels"]
+    vae.register_to_config(scaling_factor=0.1)
+    with pytest.raises(ValueError, match=r"VAE has 0\.1"):
+        check_vae(dataset, vae)
+    with pytest.raises(FileExistsError, match="--out"):
+        encode_dataset(DIGITS, str(vae_folder), out)
+
+
+def test_encoding_goes_on_where_it_was_stopped(
+    tmp_path: Path, vae_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = encode_dataset(DIGITS, str(vae_folder), tmp_path / "whole", form="sample", batch_size=50, quiet=True)
+    monkeypatch.setattr(encoder, "_SAVE_EVERY", 1)
+    encoded, real = [], encoder._encode
+
+    def stops_at_200(vae: object, dataset: object, start: int, stop: int, *rest: object) -> np.ndarray:
+        if start == 200 and 0 in encoded:
+            raise KeyboardInterrupt
+        encoded.append(start)
+        return real(vae, dataset, start, stop, *rest)
+
+    monkeypatch.setattr(encoder, "_encode", stops_at_200)
+    options = {"form": "sample", "batch_size": 50, "quiet": True}
+    with pytest.raises(KeyboardInterrupt):
+        encode_dataset(DIGITS, str(vae_folder), tmp_path / "part", **options)
+    assert not (tmp_path / "part").exists()
+    with pytest.raises(ValueError, match="other settings"):
+        encode_dataset(DIGITS, str(vae_folder), tmp_path / "part", flip=True, **options)
+    encoded.clear()
+    part = encode_dataset(DIGITS, str(vae_folder), tmp_path / "part", **options)
+    assert encoded[0] == 200
+    assert np.array_equal(np.load(part / "latents.npy"), np.load(whole / "latents.npy"))
+    assert not (tmp_path / "part.partial").exists() and not (part / "progress.json").exists()
+
+
+def test_tiny_vae_has_no_moments(tmp_path: Path) -> None:
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).save_pretrained(tmp_path / "vae" / "vae")  # fmt: skip
+    with pytest.raises(ValueError, match="--form sample"):
+        encode_dataset(DIGITS, str(tmp_path / "vae"), tmp_path / "a", quiet=True)
+    out = encode_dataset(DIGITS, str(tmp_path / "vae"), tmp_path / "a", form="sample", quiet=True)
+    assert build_dataset(name="latents", path=str(out)).item_shape == (4, 4, 4)
+
+
+def test_no_vae(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_vae(tmp_path)

@@ -1,0 +1,179 @@
+"""The Triton kernels compile for NVIDIA and AMD devices that are not here, within 64 KB of shared memory and registers.
+
+The host side runs as it would on the device; its launches are caught and compiled instead.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+TARGETS = [("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)]
+TARGETS += [("hip", "gfx90a", 64), ("hip", "gfx942", 64), ("hip", "gfx1100", 32)]
+SHARED_LIMIT = 64 * 1024
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled"),
+]
+
+
+class Caught(list):
+    """Launches, (kernel, arguments by name), in their order."""
+
+    def of(self, patch: pytest.MonkeyPatch, *kernels) -> "Caught":
+        for kernel in kernels:
+            patch.setattr(kernel, "run", self._catch(kernel))
+        return self
+
+    def _catch(self, kernel) -> Callable:
+        def run(*args, grid, warmup, **kwargs) -> None:
+            assert all(size > 0 for size in grid)
+            self.append((kernel, {**dict(zip(kernel.arg_names, args)), **kwargs}))
+
+        return run
+
+
+def compile_for(kernel, arguments: dict, target: tuple):
+    """What Triton makes of a launch on another device."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        known = parameter.is_constexpr or value is None
+        if isinstance(value, Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif known or (value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    options = {name: value for name, value in arguments.items() if name not in signature}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget(*target), options=options)
+    assert compiled.metadata.shared <= SHARED_LIMIT
+    return compiled
+
+
+def resources(compiled) -> dict[str, int]:
+    """Registers and bytes of stack (spills) of a lane."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("this triton brings no cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK")}
+
+
+def scan_launches(
+    states: int,
+    directions: int = 1,
+    channels: int = 64,
+    length: int = 70,
+    dtype: torch.dtype = torch.bfloat16,
+    without: str = "",
+    initial: bool = False,
+    lengths: bool = False,
+    packed: bool = False,
+    **choices: int | None,
+) -> Caught:
+    """Launches of a forward and a backward pass."""
+    from genssm.kernels.selective_scan import triton_backward, triton_forward, triton_scan
+
+    batch = 1 if packed else 2
+    u, delta, z = (torch.zeros(batch, 1, length, channels, dtype=dtype) for _ in range(3))
+    b, c = (torch.zeros(batch, 1, length, 1, states, dtype=dtype) for _ in range(2))
+    parameters = {name: torch.zeros(1, channels) for name in ("D", "z", "delta_bias")}
+    parameters["z"] = z
+    skip, gate, bias = (None if name in without.split() else x for name, x in parameters.items())
+    orders = torch.arange(length, dtype=torch.int32).expand(directions, length).contiguous()
+    cu_seqlens = torch.tensor([0, 10, length], dtype=torch.int32) if packed else None
+    start = torch.zeros(2, directions, channels, states) if initial else None
+    valid = torch.full((batch,), length, dtype=torch.int32) if lengths else None
+    given = (u, delta, torch.zeros(1, channels, states), b, c, skip, gate, bias, "softplus" not in without.split())
+    given = (*given, None if "orders" in without.split() else orders, start, valid, cu_seqlens, True)
+    with pytest.MonkeyPatch.context() as patch:
+        caught = Caught().of(patch, triton_forward.scan_forward_kernel, triton_forward.chain_kernel)
+        caught.of(patch, triton_backward.scan_adjoint_kernel, triton_backward.scan_backward_kernel)
+        out, last, saved = triton_scan.scan_forward(*given, **choices)
+        triton_scan.scan_backward(out, last if initial else None, saved, *given, **choices)
+    return caught
+
+
+def conv_launches(taps: int, channels: int = 128, packed: bool = False, initial: bool = False) -> Caught:
+    """Launches of a forward and a backward pass."""
+    from genssm.kernels.causal_conv1d import triton_conv
+
+    x = torch.zeros(1, 1, 40, channels, dtype=torch.bfloat16)
+    orders = torch.arange(40, dtype=torch.int32).expand(2, 40).contiguous()
+    cu_seqlens = torch.tensor([0, 10, 40], dtype=torch.int32) if packed else None
+    start = torch.zeros(2 if packed else 1, 2, channels, taps - 1) if initial else None
+    given = (x, torch.zeros(1, channels, taps), torch.zeros(1, channels), True, orders, start, None, cu_seqlens, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        caught = Caught().of(patch, triton_conv.conv_forward_kernel, triton_conv.conv_backward_kernel)
+        out, last = triton_conv.conv_forward(*given)
+        triton_conv.conv_backward(out, last if initial else None, *given)
+    return caught
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target[1]))
+def test_compiles_for_every_target(target: tuple) -> None:
+    launches = scan_launches(states=4, unroll=1, segments=2) + conv_launches(taps=4)
+    each = {kernel.__name__: (kernel, arguments) for kernel, arguments in launches}
+    assert len(each) == 6
+    for kernel, arguments in each.values():
+        compile_for(kernel, arguments, target)
+
+
+OPTIONS = {
+    "bare": {"states": 2, "without": "D z delta_bias softplus orders", "dtype": torch.float32},
+    "packed": {"states": 2, "packed": True, "directions": 2},
+    "packed from states": {"states": 2, "packed": True, "initial": True},
+    "lengths from states": {"states": 2, "lengths": True, "initial": True, "segments": 2, "dtype": torch.float16},
+    "directions in turn": {"states": 2, "directions": 2, "segments": 1},
+    "ragged sizes": {"states": 3, "channels": 21},
+    "one state": {"states": 1},
+    "65 states": {"states": 65},
+    "256 states": {"states": 256},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_options_compile(options: dict) -> None:
+    for kernel, arguments in scan_launches(**options, unroll=1):
+        compile_for(kernel, arguments, ("cuda", 90, 32))
+
+
+@pytest.mark.parametrize(("packed", "taps"), [(False, 1), (True, 5)])
+def test_convolution_options_compile(packed: bool, taps: int) -> None:
+    for kernel, arguments in conv_launches(taps, channels=100, packed=packed, initial=True):
+        compile_for(kernel, arguments, ("cuda", 90, 32))
+
+
+def test_registers_suffice() -> None:
+    """At the sizes of the models: no spills in the forward, few in the backward."""
+    found = {}
+    for kernel, arguments in scan_launches(states=16, channels=1536, length=8) + conv_launches(4, channels=1536):
+        found[kernel.__name__] = resources(compile_for(kernel, arguments, ("cuda", 90, 32)))
+    assert found["scan_forward_kernel"]["REG"] <= 128
+    assert found["scan_backward_kernel"]["STACK"] <= 512
+    for name in ("scan_forward_kernel", "conv_forward_kernel", "conv_backward_kernel"):
+        assert found[name]["STACK"] == 0

@@ -1,0 +1,113 @@
+"""The Triton kernels on a device, beyond what the tests of the ops already ask of every backend."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from genssm.kernels.causal_conv1d import causal_conv1d
+from genssm.kernels.selective_scan import selective_scan
+from tests.kernels.problems import Case, check_parity, conv_problem, rms_error, run, scan_problem
+
+pytestmark = pytest.mark.gpu
+HALF = dict.fromkeys(("u", "delta", "z", "B", "C", "x"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("states", [1, 2, 5, 8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("dtypes", [torch.float32, HALF], ids=["float32", "bfloat16"])
+def test_states(states: int, dtypes) -> None:
+    case = Case(length=67, channels=101, states=states, directions=2, order="random", initial=True)
+    check_parity(selective_scan, scan_problem, case, "triton", "cuda", dtypes)
+
+
+@pytest.mark.parametrize("length", [1, 3, 31, 32, 33, 129, 1000, 4096])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_lengths(length: int, directions: int) -> None:
+    case = Case(batch=1, length=length, channels=33, directions=directions, order="random", initial=True)
+    check_parity(selective_scan, scan_problem, case, "triton", "cuda")
+
+
+@pytest.mark.parametrize("channels", [1, 7, 32, 96, 384])
+def test_channels(channels: int) -> None:
+    check_parity(selective_scan, scan_problem, Case(length=70, channels=channels, states=16), "triton", "cuda", HALF)
+
+
+@pytest.mark.parametrize("own", ["", "delta A", "u z"])
+def test_directions_in_turn(own: str) -> None:
+    """Enough programs for one to take all directions."""
+    case = Case(batch=130, length=9, channels=800, directions=3, order="random", own=own)
+    check_parity(selective_scan, scan_problem, case, "triton", "cuda")
+
+
+def test_blocks_in_turn() -> None:
+    """Many states: several blocks of channels share the memory for dB and dC."""
+    check_parity(selective_scan, scan_problem, Case(length=40, channels=256, states=64), "triton", "cuda")
+
+
+@pytest.mark.parametrize("segments", [2, 3, 7])
+@pytest.mark.parametrize("order", [None, "random"])
+def test_segments(segments: int, order: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from genssm.kernels.selective_scan import triton_scan
+
+    split = triton_scan._split
+    monkeypatch.setattr(triton_scan, "_split", lambda *given: split(*given[:5], segments, given[6]))
+    case = Case(length=300, channels=70, states=16, directions=2, order=order, own="u", initial=True)
+    check_parity(selective_scan, scan_problem, case, "triton", "cuda")
+
+
+@pytest.mark.parametrize(("op", "make"), [(selective_scan, scan_problem), (causal_conv1d, conv_problem)])
+def test_same_bits_twice(op, make) -> None:
+    case = Case(batch=3, length=2000, channels=300, directions=2, order="random", own="u x", initial=True)
+    problem = make(case).to("cuda", HALF)
+    first, second = (run(op, problem, "triton") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_agrees_with_the_pytorch_path_at_model_size() -> None:
+    case = Case(batch=2, length=1024, channels=1536, states=16, directions=2, order="random", own="delta A")
+    problem = scan_problem(case).to("cuda", torch.float32)
+    expected, found = (run(selective_scan, problem, backend) for backend in ("chunked", "triton"))
+    for name in expected:
+        assert rms_error(found[name], expected[name]) < 1e-5, name
+
+
+def test_nothing_is_compiled_again_for_other_lengths_and_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genssm.kernels.causal_conv1d import triton_conv
+    from genssm.kernels.selective_scan import triton_scan
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def scan(batch: int, length: int) -> None:
+        def tokens(*sizes: int) -> torch.Tensor:
+            return torch.randn(batch, 1, length, *sizes, device="cuda", dtype=torch.bfloat16)
+
+        order = torch.randperm(length, device="cuda").int()[None]
+        a, d = -torch.rand(1, 48, 4, device="cuda"), torch.rand(1, 48, device="cuda")
+        given = (tokens(48), tokens(48), a, tokens(1, 4), tokens(1, 4), d, tokens(48), d, True, order, None, None, None)
+        out, _, saved = triton_scan.scan_forward(*given, True, segments=1)
+        triton_scan.scan_backward(out, None, saved, *given, True, segments=1)
+        x, weight = tokens(48), torch.rand(1, 48, 4, device="cuda")
+        y, _ = triton_conv.conv_forward(x, weight, d, True, order, None, None, None, 1)
+        triton_conv.conv_backward(y, None, x, weight, d, True, order, None, None, None, 1)
+
+    def compiled() -> set[str]:
+        return {path.parent.name for path in tmp_path.rglob("*.cubin")} | {
+            path.parent.name for path in tmp_path.rglob("*.hsaco")
+        }
+
+    scan(4, 48)
+    before = compiled()
+    for batch, length in ((1, 1), (1, 48), (4, 1), (3, 5), (16, 64), (5, 333)):
+        scan(batch, length)
+    assert compiled() == before
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_launches_on_the_device_of_its_inputs() -> None:
+    with torch.cuda.device(0):
+        case = Case(length=40, initial=True)
+        check_parity(selective_scan, scan_problem, case, "triton", "cuda:1")
+        check_parity(causal_conv1d, conv_problem, case, "triton", "cuda:1")
+        assert torch.cuda.current_device() == 0

@@ -1,0 +1,123 @@
+"""The Triton kernels in Triton's interpreter, on the CPU: every option and gradient against the reference.
+
+The interpreter must be chosen before a kernel is defined, and other tests of the same process need the compiler. So
+each test here runs its cases in a process of its own, which is this file run as a module.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from tests.kernels.problems import Case, check_parity, conv_problem, scan_problem
+
+EVERYTHING = "u delta A B C D z delta_bias"
+CASES: dict[str, dict[str, Case]] = {
+    "scan options": {
+        "bare, one token": Case(batch=1, length=1, channels=4, without="D z delta_bias", softplus=False),
+        "all": Case(length=5, channels=5, states=3, initial=True),
+        "bias without softplus": Case(batch=1, length=3, channels=3, states=2, softplus=False, order="random"),
+        "all their own": Case(batch=1, length=6, directions=2, order="random", own=EVERYTHING, reduce="none"),
+        "groups": Case(batch=1, length=4, channels=12, groups=3, directions=2, own="B C", order="both"),
+        "own inputs, no orders": Case(batch=1, length=3, directions=2, own="u", initial=True),
+        "lengths": Case(batch=3, length=6, directions=2, order="random", lengths=(4, 6, 0), initial=True),
+    },
+    "scan sizes": {
+        "one state": Case(batch=1, length=6, channels=3, states=1),
+        "sixteen states": Case(batch=1, length=6, channels=37, states=16, initial=True),
+        "65 states": Case(batch=1, length=3, channels=5, states=65),
+        "256 states": Case(batch=1, length=3, channels=5, states=256, initial=True),
+        "over a checkpoint": Case(batch=1, length=37, channels=4, order="random"),
+    },
+    "scan paths": {
+        "packed": Case(
+            batch=1, length=38, cu_seqlens=(0, 2, 2, 34, 38), directions=2, order="both", initial=True, own="A"
+        ),
+        "segments": Case(batch=1, length=70, channels=4, states=3, directions=2, order="random", initial=True),
+        "in turn": Case(batch=1, length=6, directions=3, order="random", initial=True),
+        "blocks in turn": Case(batch=1, length=3, channels=70, states=2),
+        "long offsets": Case(batch=1, length=5, directions=2, order="random", initial=True),
+    },
+    "convolution": {
+        "bare, one token": Case(batch=1, length=1, channels=3, without="bias", activation=None),
+        "all": Case(length=11, channels=5, initial=True),
+        "one tap": Case(length=5, channels=3, taps=1),
+        "eight taps": Case(length=5, channels=3, taps=8, initial=True, order="random"),
+        "all their own": Case(directions=2, order="random", own="x weight bias", initial=True),
+        "shared": Case(batch=1, length=17, channels=130, directions=2, order="both"),
+        "lengths": Case(batch=3, length=12, lengths=(7, 12, 0), directions=2, order="random", initial=True),
+        "packed": Case(batch=1, length=21, cu_seqlens=(0, 1, 1, 3, 21), directions=2, order="both", initial=True),
+    },
+}
+
+
+def _can_interpret() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    import triton
+
+    numbers = [tuple(int(n) for n in version.split(".")[:2]) for version in (triton.__version__, numpy.__version__)]
+    if numbers[0] < (3, 7) and numbers[1] >= (2, 4):
+        return f"the interpreter of triton {triton.__version__} cannot run loops with numpy {numpy.__version__}"
+    return None
+
+
+@pytest.mark.skipif(_can_interpret() is not None, reason=str(_can_interpret()))
+@pytest.mark.parametrize("group", CASES)
+def test_parity_in_the_interpreter(group: str) -> None:
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment.pop("GENSSM_BACKEND", None)
+    command = [sys.executable, "-m", "tests.kernels.test_triton_interpreter", group]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert list(outcome) == list(CASES[group])
+    failed = "\n".join(f"{name}: {message}" for name, message in outcome.items() if message)
+    assert not failed, failed
+
+
+def _force(name: str, patch: pytest.MonkeyPatch) -> None:
+    """Take the path that a case is about, whatever its size."""
+    from genssm.kernels.selective_scan import triton_scan
+
+    if name == "segments":
+        patch.setattr(triton_scan, "_ENOUGH", 10**6)
+        patch.setattr(triton_scan, "_SEGMENT_CHUNKS", 1)
+    if name == "in turn":
+        patch.setattr(triton_scan, "_ENOUGH", 0)
+    if name == "blocks in turn":
+        patch.setattr(triton_scan, "_PARTIAL_BYTES", 0)
+    if name == "long offsets":
+        patch.setattr(triton_scan, "_wide", lambda *tensors: True)
+
+
+def _outcome(name: str, case: Case, convolution: bool) -> str:
+    from genssm.kernels.causal_conv1d import causal_conv1d
+    from genssm.kernels.selective_scan import selective_scan
+
+    op, make = (causal_conv1d, conv_problem) if convolution else (selective_scan, scan_problem)
+    small = {"length": min(case.length, 3), "channels": 4} if name == "all" else None
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            _force(name, patch)
+            check_parity(op, make, case, "triton", "cpu")
+            if small:  # float16 rounds as it should there; bfloat16 does not
+                check_parity(op, make, dataclasses.replace(case, **small), "triton", "cpu", torch.float16)
+    except Exception:
+        return traceback.format_exc(limit=-4)
+    return ""
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    cases = CASES[sys.argv[1]]
+    print(json.dumps({name: _outcome(name, case, sys.argv[1] == "convolution") for name, case in cases.items()}))

@@ -1,0 +1,397 @@
+"""Train a denoiser: read the run -> build it -> loop -> save.
+
+    python train.py --config configs/zigma/digits.yaml train.max_train_steps=500
+    accelerate launch --num_processes 4 train.py --config ...          (or torchrun)
+
+The same command resumes. SIGTERM or Ctrl-C saves a checkpoint and ends the run; a killed run goes on from its last one.
+"""
+
+import genssm.threads  # noqa: F401  # isort: skip - before torch
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from diffusers.optimization import get_scheduler
+
+from genssm.config import RunConfig, describe_keys, dump_config, load_config
+from genssm.data import LatentDataset, build_dataset, cache_dataset
+from genssm.data.latents import check_vae, encode_images, load_vae
+from genssm.data.loading import Shares, Stream, training_batches
+from genssm.env import device_name, versions
+from genssm.errors import cli
+from genssm.layers import parameter_groups
+from genssm.models import MODELS
+from genssm.pipelines import ClassConditionalImagePipeline
+from genssm.training.checkpoint import load_checkpoint, remove_old_checkpoints, save_checkpoint
+from genssm.training.checks import check_fit, check_numbers, claim_run_folder, flat_config
+from genssm.training.ema import EMA
+from genssm.training.guard import NonFiniteError, explain_nonfinite
+from genssm.training.logging import MetricsLog, logger, start_logging
+from genssm.training.memory import count_parameters, describe_run
+from genssm.training.model_card import write_model_card
+from genssm.training.objectives import build_objective
+from genssm.training.samples import draw_images, grid_columns, make_grid
+from genssm.training.seeding import generator_for, seed_globals
+from genssm.training.start import start_from
+from genssm.training.stop import StopRequest
+from genssm.values import check_arguments
+
+OVERFLOWS_IN_A_ROW = 50  # fp16: skipped steps after which the loss scale is not the reason
+
+
+@dataclass
+class Run:
+    """Everything a training step needs."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    dataset: Any
+    objective: Any
+    vae: torch.nn.Module | None
+    model: torch.nn.Module  # the denoiser itself
+    shares: Shares
+    item_shape: tuple[int, ...]  # of what the model sees
+    feed: Any = None  # the data set as training reads it, decoded into memory or not
+    pipeline: ClassConditionalImagePipeline | None = None
+    wrapped: torch.nn.Module | None = None  # the denoiser as accelerate runs it
+    ema: EMA | None = None
+    optimizer: Any = None
+    lr_scheduler: Any = None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.config.train.output_dir)
+
+    @property
+    def encodes(self) -> bool:
+        return self.vae is not None and self.dataset.tensor_name == "pixel_values"
+
+
+@dataclass
+class Draws:
+    """The random numbers of one step, for the global batch."""
+
+    timesteps: torch.Tensor
+    noise: torch.Tensor
+    dropped: torch.Tensor | None  # which labels become the null class
+    vae_noise: torch.Tensor | None
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="keys, defaults, meaning:\n" + describe_keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="the run, e.g. configs/debug/zigma.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to it, e.g. train.learning_rate=3e-4"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the run, its size and its memory, and stop")
+    parser.add_argument("--quiet", action="store_true", help="warnings only on the terminal")
+    return parser.parse_intermixed_args(arguments)
+
+
+def build(config: RunConfig, accelerator: Accelerator) -> Run:
+    """Data, objective and model of a run, checked against each other; the model still on the CPU."""
+    if config.model.name not in MODELS:
+        raise ValueError(f"model.name={config.model.name!r}: expected one of {', '.join(MODELS)}")
+    train = config.train
+    shares = Shares(
+        train.train_batch_size, train.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index
+    )
+    arguments = check_arguments(MODELS[config.model.name], config.model.args, "model.args")
+    dataset = build_dataset(config.data)
+    objective = build_objective(config.objective)
+    vae = load_vae(config.data.vae).to(accelerator.device) if config.data.vae else None
+    if vae is not None and isinstance(dataset, LatentDataset):
+        check_vae(dataset, vae)
+    seed_globals(train.seed, "init")
+    model = MODELS[config.model.name](**arguments)
+    run = Run(config, accelerator, dataset, objective, vae, model, shares, tuple(dataset.item_shape))
+    if run.encodes:
+        run.item_shape = tuple(encode_images(vae, torch.zeros(1, *run.item_shape, device=accelerator.device)).shape[1:])
+    decodes = vae is not None or not isinstance(dataset, LatentDataset)
+    check_fit(config, model, dataset, run.item_shape, decodes=decodes)
+    return run
+
+
+def prepare(run: Run) -> None:
+    """Put the model on its device and give it an optimiser, a schedule, an average and a pipeline."""
+    config, accelerator, train = run.config, run.accelerator, run.config.train
+    device = accelerator.device
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.tf32
+    run.model.to(device).train()
+    if train.gradient_checkpointing:
+        run.model.enable_gradient_checkpointing()
+    if train.compile:
+        run.model.compile_repeated_blocks(fullgraph=True)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(run.model, train.weight_decay),
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    course = "constant_with_warmup" if train.lr_scheduler == "constant" else train.lr_scheduler
+    run.lr_scheduler = get_scheduler(
+        course, optimizer, num_warmup_steps=train.lr_warmup_steps, num_training_steps=train.max_train_steps
+    )
+    run.ema = EMA(run.model, train.ema_decay) if train.ema_decay else None
+    names = list(run.dataset.class_names) if run.model.config.num_classes else None
+    run.pipeline = ClassConditionalImagePipeline(run.model, run.objective.scheduler(), run.vae, names)
+    run.pipeline.set_progress_bar_config(disable=True)
+    run.wrapped, run.optimizer = accelerator.prepare(run.model, optimizer)
+    run.feed = cache_dataset(run.dataset, config.data.cache, device)
+
+
+def resume(run: Run, checkpoint: Path | None) -> int:
+    """Load a checkpoint into the run; returns the steps done."""
+    if checkpoint is None:
+        return 0
+    state = load_checkpoint(checkpoint, run.model)
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if run.accelerator.scaler is not None and state["scaler"] is not None:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    if run.ema is not None:
+        run.ema.load(type(run.model).from_pretrained(checkpoint / "pipeline", subfolder="denoiser"))
+    logger.info("resumed from %s", checkpoint)
+    return state["step"]
+
+
+def draw_step(run: Run, step: int) -> Draws:
+    """The random numbers of a step: a function of the seed and the step, whatever the number of processes."""
+    batch, device = run.shares.batch_size, run.accelerator.device
+    generator = generator_for(run.config.train.seed, "noise", step, device=device)
+    shape = (batch, *run.item_shape)
+    timesteps = run.objective.sample_timesteps(batch, generator, device)
+    noise = torch.randn(shape, generator=generator, device=device)
+    probability = run.config.train.class_dropout_prob
+    dropped = torch.rand(batch, generator=generator, device=device) < probability if probability else None
+    vae_noise = torch.randn(shape, generator=generator, device=device) if run.encodes else None
+    return Draws(timesteps, noise, dropped, vae_noise)
+
+
+def part_loss(run: Run, model: torch.nn.Module, step: int, part: int, batch: dict, draws: Draws) -> torch.Tensor:
+    """Mean loss of one process's part of a step."""
+    own = run.shares.slice(part)
+    clean = batch[run.dataset.tensor_name]
+    if run.encodes:
+        clean = encode_images(run.vae, clean, draws.vae_noise[own])
+    condition = {}
+    if run.model.config.num_classes:
+        labels = batch["class_labels"]
+        if draws.dropped is not None:
+            labels = torch.where(draws.dropped[own], run.model.null_class_label, labels)
+        condition["class_labels"] = labels
+    seed_globals(run.config.train.seed, "dropout", step, part, run.shares.rank)
+    loss = run.objective.loss(model, clean, noise=draws.noise[own], timesteps=draws.timesteps[own], **condition)
+    return loss.mean()
+
+
+def train(run: Run, start: int, stop: StopRequest, *, quiet: bool) -> int:
+    """The loop; returns the steps done."""
+    config, accelerator, shares = run.config.train, run.accelerator, run.shares
+    batches = training_batches(
+        run.feed,
+        Stream(len(run.dataset), config.seed),
+        shares,
+        first=start,
+        last=config.max_train_steps,
+        device=accelerator.device,
+        num_workers=run.config.data.num_workers,
+    )
+    log = MetricsLog(
+        run.path,
+        start,
+        config.max_train_steps,
+        quiet=quiet,
+        active=accelerator.is_main_process,
+        tracker=accelerator if accelerator.trackers else None,
+    )
+    window, steps, overflows = torch.zeros((), device=accelerator.device), 0, 0
+    for step in range(start + 1, config.max_train_steps + 1):
+        draws = draw_step(run, step)
+        parts = [next(batches) for _ in range(shares.parts)]
+        for part, batch in enumerate(parts):
+            with nullcontext() if part == shares.parts - 1 else accelerator.no_sync(run.wrapped):
+                loss = part_loss(run, run.wrapped, step, part, batch, draws) / shares.parts
+                accelerator.backward(loss)
+            window += loss.detach()
+        norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
+        overflows = 0 if bool(torch.isfinite(norm)) else overflows + 1
+        if overflows and (accelerator.scaler is None or overflows > OVERFLOWS_IN_A_ROW):
+            raise NonFiniteError(explain(run, step, parts, draws))
+        run.optimizer.step()
+        run.lr_scheduler.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        if run.ema is not None:
+            run.ema.update(step)
+        log.step()
+        steps += 1
+
+        last = step == config.max_train_steps
+        if step % run.config.log.log_every == 0 or last:
+            mean = accelerator.reduce(window / steps, "mean").item()
+            log.write(step, loss=mean, grad_norm=norm.item(), **rates(run, step, log))
+            window, steps = torch.zeros_like(window), 0
+        ending = stop.agreed(step) or last
+        with log.pause():
+            if run.config.log.sample_every and (step % run.config.log.sample_every == 0 or last):
+                log.picture(step, sample(run, step))
+            if step % config.checkpointing_steps == 0 or ending:
+                save(run, step)
+        if ending:
+            break
+    log.close()
+    return step
+
+
+def rates(run: Run, step: int, log: MetricsLog) -> dict[str, float]:
+    """What is logged beside loss and gradient norm."""
+    numbers = {
+        "learning_rate": run.lr_scheduler.get_last_lr()[0],
+        "images_per_second": log.rate(step, run.shares.batch_size),
+    }
+    if run.ema is not None:
+        numbers["ema_decay"] = run.ema.decay_at(step)
+    if run.accelerator.device.type == "cuda":
+        numbers["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return numbers
+
+
+def explain(run: Run, step: int, parts: list[dict], draws: Draws) -> str:
+    """Where the first non-finite number of a step comes from, and what to do."""
+    for part, batch in enumerate(parts):
+        reason = explain_nonfinite(
+            run.model, batch, lambda part=part, batch=batch: part_loss(run, run.model, step, part, batch, draws)
+        )
+        if reason:
+            break
+    reason = reason or "repeating it in this process gives finite numbers: another process, or the hardware"
+    return (
+        f"step {step}: loss or gradient is not finite; {reason}. The step was not applied; the last checkpoint is "
+        "good. Try a lower train.learning_rate, train.mixed_precision=no, or look at the data"
+    )
+
+
+def sample(run: Run, step: int) -> Any:
+    """Draw the grid, each process its share, and save it."""
+    log, classes = run.config.log, run.model.config.num_classes
+    run.model.eval()
+    with run.ema.applied() if run.ema is not None else nullcontext():
+        mine = draw_images(
+            run.pipeline,
+            log.num_samples,
+            classes,
+            first=run.shares.rank,
+            stride=run.shares.world,
+            seed=log.sample_seed,
+            num_inference_steps=log.num_inference_steps,
+            guidance_scale=log.guidance_scale,
+        )
+    run.model.train()
+    images = dict(gather_object(list(mine.items())))
+    grid = make_grid([images[i] for i in range(log.num_samples)], grid_columns(log.num_samples, classes))
+    if run.accelerator.is_main_process:
+        grid.save(run.path / "samples" / f"step_{step:07d}.png")
+    return grid
+
+
+def save(run: Run, step: int) -> None:
+    """Write a checkpoint, on the first process; the others wait."""
+    if run.accelerator.is_main_process:
+        scaler = run.accelerator.scaler
+        state = {
+            "optimizer": run.optimizer.state_dict(),
+            "lr_scheduler": run.lr_scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "seed": run.config.train.seed,
+        }
+
+        def save_pipeline(folder: Path) -> None:
+            with run.ema.applied() if run.ema is not None else nullcontext():
+                run.pipeline.save_pretrained(folder)
+            write_model_card(
+                folder,
+                run.config,
+                step=step,
+                pipeline=run.pipeline,
+                items=len(run.dataset),
+                parameters=count_parameters(run.model),
+                versions=versions(),
+            )
+
+        checkpoint = save_checkpoint(run.path, step, run.model, state, save_pipeline)
+        remove_old_checkpoints(run.path, run.config.train.checkpoints_total_limit)
+        logger.info("saved %s", checkpoint)
+    run.accelerator.wait_for_everyone()
+
+
+def begin_folder(run: Run) -> None:
+    """Files of the run folder that are written once."""
+    names = dict(enumerate(run.dataset.class_names))
+    (run.path / "labels.json").write_text(json.dumps(names, indent=1, ensure_ascii=False), encoding="utf-8")
+    device = run.accelerator.device
+    about = {"versions": versions(), "device": device_name(device), "processes": run.accelerator.num_processes}
+    (run.path / "env.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    config = load_config(args.config, args.overrides)
+    check_numbers(config)
+    tracker = None if config.log.report_to == "none" else config.log.report_to
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    accelerator = Accelerator(
+        mixed_precision=config.train.mixed_precision,
+        log_with=tracker,
+        project_dir=config.train.output_dir,
+        kwargs_handlers=[ddp],
+    )
+    if accelerator.distributed_type not in (
+        DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU
+    ):  # fmt: skip
+        raise ValueError(f"{accelerator.distributed_type} is not supported; use one process or data parallel processes")
+    run = build(config, accelerator)
+    if claim_run_folder(config, write=False) is None and config.train.init_from is not None:
+        start_from(run.model, config.train.init_from)
+    if args.dry_run:
+        if accelerator.is_main_process:
+            print(dump_config(config) + "\n" + describe_run(run))
+        return
+    with accelerator.main_process_first():
+        checkpoint = claim_run_folder(config, write=accelerator.is_main_process)
+    start_logging(run.path if accelerator.is_main_process else None, quiet=args.quiet)
+    size = describe_run(run) if accelerator.is_main_process else ""
+    prepare(run)
+    start = resume(run, checkpoint)
+    if start >= config.train.max_train_steps:
+        logger.info("%s is finished (%d steps); raise train.max_train_steps to go on", run.path, start)
+        return
+    if accelerator.is_main_process:
+        begin_folder(run)
+        logger.info("%s", size)
+    if tracker:
+        accelerator.init_trackers(run.path.name, config=flat_config(config))
+    with StopRequest(accelerator) as stop:
+        done = train(run, start, stop, quiet=args.quiet)
+    accelerator.end_training()
+    if done < config.train.max_train_steps:
+        logger.info("stopped at step %d of %d; the same command goes on", done, config.train.max_train_steps)
+    else:
+        logger.info("finished: %s", run.path)
+
+
+if __name__ == "__main__":
+    cli(main)
