@@ -28,6 +28,7 @@ from genssm.models.dimsum_published import (
     convert_dimsum_state_dict,
     dimsum_config_from_published,
 )
+from genssm.models.vq import VQ_PRESETS, VQTokenizer, convert_vq_state_dict, vq_config_from_published
 from genssm.models.zigma import ZIGMA_PRESETS, ZigMa, convert_zigma_state_dict, zigma_config_from_published
 from genssm.schedulers import FlowODEScheduler
 from genssm.single_step_solver import ContinuousDPMSolverScheduler
@@ -78,6 +79,14 @@ PUBLISHED = {
         scheduler=partial(FlowODEScheduler, path="gvp", solver="heun"),
         origin="DiMSUM (arXiv:2411.04168), weights and code by VinAI Research",
         dead=DIMSUM_DEAD_KEYS,
+    ),
+    "vq": Published(
+        model=VQTokenizer,
+        presets=VQ_PRESETS,
+        config=vq_config_from_published,
+        weights=convert_vq_state_dict,
+        scheduler=None,
+        origin="VQ-f16 tokenizer (arXiv:2406.06525), weights and code by FoundationVision, MIT",
     ),
     "zigma": Published(
         model=ZigMa,

@@ -1,0 +1,154 @@
+"""AiM's golden cases: sequence model, tokenizer, quantiser, token filters, label to image."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.func import functional_call
+
+from genssm.convert import PUBLISHED, load_published
+from genssm.models.vq import VectorQuantizer
+from genssm.pipelines.token_sampling import TokenSampling, filter_logits
+from tests.golden.checks import Check, compare, equal
+from tests.golden.zigma import under
+
+Tensors = dict[str, torch.Tensor]
+Info = Mapping[str, Any]
+NO_MISFIT = "missing keys: none\nunexpected keys: none\nreshaped keys: none"
+
+
+def _gradient_tolerance(info: Info) -> dict[str, float]:
+    return {"atol": info["tolerance_grad"]["relative_to_max"], "rtol": 0.0}
+
+
+def tokenizer(info: Info, tensors: Tensors) -> Iterator[Check]:
+    """Convert the weights; encode, quantise and decode; gradients."""
+    config, published, inputs = info["config"], under("w", tensors), under("in", tensors)
+    given = {"norm_num_groups": config["groups"], "normalize_codes": config["l2_normalised_codebook"]}
+    if not config["has_encoder"]:
+        given["base_channels"] = config["base_channels"]
+    model, report = load_published("vq", published, given)
+    yield equal("keys", str(report), NO_MISFIT)
+    expected = {
+        "base_channels": config["base_channels"],
+        "channel_multipliers": config["channel_multipliers"],
+        "layers_per_block": config["res_blocks_per_level"],
+        "latent_channels": config["z_channels"],
+        "num_vq_embeddings": config["codebook_size"],
+        "vq_embed_dim": config["codebook_dim"],
+        "has_encoder": config["has_encoder"],
+    }
+    for key, value in expected.items():
+        yield equal(f"config.{key}", model.config[key], value)
+
+    weights = {key: value.float().requires_grad_() for key, value in published.items()}
+    ours = PUBLISHED["vq"].weights(weights)
+    grid = (config["latent_size"], config["latent_size"])
+
+    def call(function: Callable, *arguments: Any) -> Any:
+        return functional_call(_Call(model, function), {f"model.{k}": v for k, v in ours.items()}, arguments)
+
+    computed = {
+        "codebook_entry": call(lambda m, codes: m.quantize.lookup(codes, grid), inputs["codes"]),
+        "image": call(lambda m, codes: m.decode_codes(codes, grid), inputs["codes"]),
+    }
+    if config["has_encoder"]:
+        images = inputs["x"].requires_grad_()
+        computed["encoder"] = call(lambda m, x: m.encoder(x), images)
+        computed["pre_quant"] = call(lambda m, x: m.encode(x), images)
+        computed["reconstruction"], quantized = call(lambda m, x: m(x, return_dict=False), images)
+        computed["quantized"], computed["indices"] = quantized.latents, quantized.codes
+    for key, value in under("out", tensors).items():
+        if key == "indices":
+            yield equal("out.indices", computed[key].flatten().tolist(), value.flatten().tolist())
+        else:
+            yield compare(f"out.{key}", computed[key], value, info["tolerance"])
+    for key, value in under("grad", tensors).items():
+        if key == "in.x":
+            loss, source = computed["reconstruction"].square().mean(), images
+        else:
+            loss, source = computed["image"].square().mean(), weights[key.removeprefix("w.")]
+        (got,) = torch.autograd.grad(loss, source, retain_graph=True)
+        yield compare(f"grad.{key}", got, value, _gradient_tolerance(info))
+
+
+class _Call(torch.nn.Module):
+    """Calls a function of a model, so that ``functional_call`` can put other weights into the model."""
+
+    def __init__(self, model: torch.nn.Module, function: Callable) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.function(self.model, *arguments)
+
+
+def quantizer(info: Info, tensors: Tensors) -> Iterator[Check]:
+    """The quantiser in training: output, codes, its three losses and their gradients, straight-through gradient."""
+    config, purpose = info["config"], info["purpose"]
+    model = VectorQuantizer(
+        config["codebook_size"],
+        config["codebook_dim"],
+        commitment_weight=_stated(r"commit weight (\d[\d.]*\d)", purpose, 0.25),
+        entropy_weight=_stated(r"weight (\d[\d.]*\d) here", purpose, 0.0),
+        entropy_temperature=_stated(r"temperature (\d[\d.]*\d)", purpose, 0.01),
+    ).train()
+    model.embedding.weight.data.copy_(tensors["w.embedding.weight"])
+    z = tensors["in.z"].requires_grad_()
+    result = model(z)
+    computed = {
+        "z_q": result.latents,
+        "vq_loss": result.codebook_loss,
+        "commit_loss": result.commitment_loss,
+        "entropy_loss": result.entropy_loss,
+    }
+    for key, value in under("out", tensors).items():
+        if key == "indices":
+            yield equal("out.indices", result.codes.flatten().tolist(), value.flatten().tolist())
+        else:
+            yield compare(f"out.{key}", computed[key], value, info["tolerance"])
+    loss = result.codebook_loss + result.commitment_loss + result.entropy_loss
+    passed_on = (result.latents * torch.linspace(-1, 1, z.numel()).view_as(z)).sum()
+    sources = {
+        "in.z": (loss, z),
+        "in.z.straight_through": (passed_on, z),
+        "w.embedding.weight": (loss, model.embedding.weight),
+    }
+    for key, value in under("grad", tensors).items():
+        (got,) = torch.autograd.grad(*sources[key], retain_graph=True)
+        yield compare(f"grad.{key}", got, value, _gradient_tolerance(info))
+
+
+def _stated(pattern: str, text: str, usual: float) -> float:
+    """A number that a case's description states in words."""
+    found = re.search(pattern, text)
+    return float(found[1]) if found else usual
+
+
+def token_filters(info: Info, tensors: Tensors) -> Iterator[Check]:
+    """Which tokens the filters keep, and the distribution that is drawn from."""
+    for key, value in under("out", tensors).items():
+        k, p = re.search(r"\.k(\d+)\.p([\d.]+\d)", key).groups()
+        temperature = re.search(r"temperature([\d.]+?)\.k", key)
+        logits = tensors["in.logits_ties" if ".ties." in key else "in.logits"]
+        sampling = TokenSampling(float(temperature[1]) if temperature else 1.0, int(k), float(p))
+        if key.startswith("kept"):
+            kept = filter_logits(logits, sampling.top_k, sampling.top_p).isfinite()
+            yield equal(f"out.{key}", kept.int().tolist(), value.tolist())
+        else:
+            yield compare(f"out.{key}", sampling.probabilities(logits), value, info["tolerance"])
+
+
+PARTS: dict[str, Callable[[Info, Tensors], Iterator[Check]]] = {
+    "tokenizer": tokenizer,
+    "quantizer": quantizer,
+    "token filters": token_filters,
+}
+
+
+def kind_of_part(info: Info, keys: Iterable[str]) -> str | None:
+    """Kind of a case that names no model, from the names of its tensors."""
+    marks = {"w.decoder.conv_in.weight": "tokenizer", "in.z": "quantizer", "in.logits": "token filters"}
+    keys = set(keys)
+    return next((kind for mark, kind in marks.items() if mark in keys), None)
