@@ -28,6 +28,7 @@ _HOMES = {
     "causal_conv1d": "genssm.kernels.causal_conv1d",
     "frechet_distance": "genssm.metrics.frechet",
     "selective_scan": "genssm.kernels.selective_scan",
+    "ssd": "genssm.kernels.ssd",
     # diffusers looks up the load methods of a component's base class in the library that the index names.
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",

@@ -7,7 +7,7 @@ cannot run is refused with the reason; nothing falls back silently.
     backend     runs on                             what it is
     reference   any device                          plain loop over time, autograd; the definition
     chunked     any device                          pure PyTorch, hand-written backward
-    compiled    CPU, float32 arithmetic             C, built once into the user's cache; needs a C compiler
+    compiled    CPU, float32 arithmetic; not ssd    C, built once into the user's cache; needs a C compiler
     triton      CUDA, ROCm, XPU; float32 arithmetic Triton kernels
 """
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 BACKENDS = ("reference", "chunked", "compiled", "triton")
 VARIABLE = "GENSSM_BACKEND"
+_NOT_IN_C = ("ssd",)  # matrix products, which PyTorch leaves little to win on
 
 logger = logging.getLogger("genssm")
 _said: set[tuple[str, ...]] = set()
@@ -53,15 +54,16 @@ def _resolve(op: str, backend: str, device: str, index: int, double: bool) -> st
         raise ValueError(f"{op}: unknown {source}; choose one of auto, {', '.join(BACKENDS)}")
     if requested == "auto":
         on_host = device in ("cpu", "meta")
-        reason = None if on_host else why_not("triton", device, index, double)
+        reason = None if on_host else why_not("triton", device, index, double, op)
         chosen = "chunked" if on_host or reason else "triton"
         if reason:
             _say(logging.WARNING, op, f"{op}: slow PyTorch path on {device}, because {reason}", chosen, device)
             return chosen
     else:
         chosen = requested
-        reason = why_not(chosen, device, index, double)
-        if chosen == "compiled" and double and device == "cpu" and backend == "auto":
+        reason = why_not(chosen, device, index, double, op)
+        impossible = double or op in _NOT_IN_C
+        if chosen == "compiled" and impossible and device == "cpu" and backend == "auto":
             chosen, reason = "chunked", None  # the variable states a preference for a whole process, not for one call
         if reason:
             remedy = f"unset {VARIABLE}" if backend == "auto" else "use backend='auto'"
@@ -70,7 +72,7 @@ def _resolve(op: str, backend: str, device: str, index: int, double: bool) -> st
     return chosen
 
 
-def why_not(backend: str, device: str, index: int = 0, double: bool = False) -> str | None:
+def why_not(backend: str, device: str, index: int = 0, double: bool = False, op: str | None = None) -> str | None:
     """Why ``backend`` cannot run on a device, or None when it can.
 
     Args:
@@ -78,12 +80,15 @@ def why_not(backend: str, device: str, index: int = 0, double: bool = False) -> 
         device: type of the device, such as "cpu" or "cuda".
         index: which device of that type.
         double: whether the inputs are float64.
+        op: for which op; None asks about the device alone.
     """
     if backend == "triton":
         return _why_not_triton(device, index, double)
     if backend == "compiled":
         if device != "cpu":
             return f"the compiled backend needs CPU tensors, got {device}"
+        if op in _NOT_IN_C:
+            return f"{op} has no compiled backend, only reference, chunked and triton"
         if double:
             return "the compiled backend computes in float32, got float64 inputs"
         from genssm.kernels import native

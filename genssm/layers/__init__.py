@@ -11,6 +11,7 @@ from genssm.layers.embeddings import (
     unpatchify,
 )
 from genssm.layers.mamba import Mamba
+from genssm.layers.mamba2 import Mamba2
 from genssm.layers.modulation import DropPath, LayerNorm, Modulation, RMSNorm, modulate, upcast
 from genssm.layers.outputs import DenoiserOutput
 from genssm.layers.parameter_groups import parameter_groups
@@ -22,6 +23,7 @@ __all__ = [
     "LabelEmbedding",
     "LayerNorm",
     "Mamba",
+    "Mamba2",
     "Modulation",
     "PatchEmbed",
     "RMSNorm",

@@ -7,35 +7,13 @@ from torch import nn
 
 from genssm.kernels.causal_conv1d import causal_conv1d
 from genssm.kernels.selective_scan import selective_scan
+from genssm.layers.directions import DepthwiseTaps, DirectedMixer, initial_dt_bias
 from genssm.layers.modulation import upcast
 
 # B batch, L tokens, K directions, D hidden_size, E = expand * D, N d_state, R dt_rank, W d_conv
 
 
-class DepthwiseTaps(nn.Module):
-    """Weights of a depthwise causal convolution: ``weight`` (E, 1, W), last tap for the token itself, ``bias`` (E).
-
-    The convolution itself runs for all directions in one call, so this module only hands its weights out. They are
-    handed out by a call, not read as attributes, so that offloading hooks notice.
-
-    Args:
-        channels: E.
-        width: W.
-        bias: have a bias.
-    """
-
-    def __init__(self, channels: int, width: int, bias: bool = True) -> None:
-        super().__init__()
-        bound = width**-0.5
-        self.weight = nn.Parameter(torch.empty(channels, 1, width).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
-
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the weight, (E, W), and the bias, (E) or None."""
-        return self.weight.squeeze(1), self.bias
-
-
-class Mamba(nn.Module):
+class Mamba(DirectedMixer):
     """Mamba-1 mixer (Gu and Dao 2023, arXiv:2312.00752) that visits tokens along given orders.
 
         x, z = W_in h;   x = silu(conv(x));   [dt, B, C] = W_x x;   delta = softplus(W_dt dt + dt_bias)
@@ -81,7 +59,7 @@ class Mamba(nn.Module):
         dt_floor: float = 1e-4,
         out_scale: float = 1.0,
     ) -> None:
-        super().__init__()
+        super().__init__(bidirectional)
         if dt_rank == "auto":
             dt_rank = math.ceil(hidden_size / 16)
         if not isinstance(dt_rank, int) or dt_rank < 1:
@@ -91,7 +69,6 @@ class Mamba(nn.Module):
         inner = expand * hidden_size
         self.d_state = d_state
         self.dt_rank = dt_rank
-        self.suffixes = ("", "_b") if bidirectional else ("",)
         self.in_proj = nn.Linear(hidden_size, 2 * inner, bias=bias)
         self.out_proj = nn.Linear(inner, hidden_size, bias=bias)
         for suffix in self.suffixes:
@@ -106,13 +83,11 @@ class Mamba(nn.Module):
         self, suffix: str, inner: int, d_conv: int, conv_bias: bool, dt_range: tuple[float, float, float]
     ) -> None:
         """Make and initialise the parameters of one direction (Mamba, section 3.6)."""
-        dt_min, dt_max, dt_floor = dt_range
         conv1d = DepthwiseTaps(inner, d_conv, conv_bias)
         x_proj = nn.Linear(inner, self.dt_rank + 2 * self.d_state, bias=False)
         dt_proj = nn.Linear(self.dt_rank, inner, bias=False)
         nn.init.uniform_(dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        step = torch.empty(inner).uniform_(math.log(dt_min), math.log(dt_max)).exp().clamp(min=dt_floor)
-        dt_bias = step + torch.log(-torch.expm1(-step))  # inverse of softplus
+        dt_bias = initial_dt_bias(inner, *dt_range)
         A_log = torch.arange(1, self.d_state + 1, dtype=torch.float32).log().repeat(inner, 1)
         self.add_module("conv1d" + suffix, conv1d)
         self.add_module("x_proj" + suffix, x_proj)
@@ -144,34 +119,18 @@ class Mamba(nn.Module):
         Raises:
             ValueError: ``orders`` has the wrong number of directions.
         """
-        orders = self._direction_orders(orders, hidden_states)
+        orders = self.direction_orders(orders, hidden_states)
         scan_over = {"orders": orders, "lengths": lengths, "cu_seqlens": cu_seqlens}
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, L, E) each
-        taps = [getattr(self, "conv1d" + s)() for s in self.suffixes]
-        weight = torch.stack([w for w, _ in taps]) if len(taps) > 1 else taps[0][0]  # (K, E, W) or (E, W)
-        bias = None
-        if taps[0][1] is not None:
-            bias = torch.stack([b for _, b in taps]) if len(taps) > 1 else taps[0][1]
+        weight, bias = self.taps()  # (K, E, W) or (E, W)
         x = causal_conv1d(x, weight, bias, activation="silu", **scan_over)  # (B, K, L, E) or (B, L, E)
         delta, B, C = self._project_steps(x)
-        A_log, D, dt_bias = (self._stacked(name) for name in ("A_log", "D", "dt_bias"))
+        A_log, D, dt_bias = (self.stacked(name) for name in ("A_log", "D", "dt_bias"))
         y = selective_scan(
             x, delta, -upcast(A_log).exp(), B, C, upcast(D), z,
             delta_bias=upcast(dt_bias), delta_softplus=True, **scan_over,
         )  # (B, L, E), summed over directions  # fmt: skip
         return self.out_proj(y)
-
-    def _direction_orders(self, orders: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Complete ``orders`` with the second direction of a bidirectional mixer."""
-        if len(self.suffixes) == 1:
-            return orders
-        if orders is None:
-            orders = torch.arange(hidden_states.shape[1], dtype=torch.int32, device=hidden_states.device)
-        if orders.dim() == 1:
-            orders = torch.stack([orders, orders.flip(0)])
-        if orders.shape[0] != 2:
-            raise ValueError(f"orders has shape {tuple(orders.shape)}; a bidirectional mixer takes (2, L) or (L,)")
-        return orders
 
     def _project_steps(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """delta before bias and softplus (..., L, E), B and C (..., L, N), with each direction's own projections."""
@@ -185,9 +144,3 @@ class Mamba(nn.Module):
             per_direction.append((getattr(self, "dt_proj" + suffix)(dt), B, C))
         delta, B, C = (torch.stack(parts, dim=1) for parts in zip(*per_direction))
         return delta, B, C
-
-    def _stacked(self, name: str) -> torch.Tensor:
-        """A parameter of one direction, or of all of them along a new first dimension."""
-        if len(self.suffixes) == 1:
-            return getattr(self, name)
-        return torch.stack([getattr(self, name + suffix) for suffix in self.suffixes])

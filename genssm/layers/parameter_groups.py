@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from genssm.layers.mamba import DepthwiseTaps
+from genssm.layers.directions import DepthwiseTaps
 
 DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, DepthwiseTaps)
 

@@ -7,7 +7,6 @@ first. README.md derives the adjoint. Tensors of a chunk put time first and chan
     b batch rows and k directions of a block, G channel groups, N state, Ec = E / G channels of a group
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from genssm.kernels.arguments import compute_dtype
 from genssm.kernels.elementwise import sigmoid, softplus
 from genssm.kernels.selective_scan.reference import directions_of
+from genssm.kernels.spans import Span, packed_spans, spans
 
 # States advanced together: enough to hide the cost of a PyTorch call, few enough that a chunk stays near the caches.
 _BLOCK_STATES = 65536
@@ -167,18 +167,6 @@ def scan_backward(
 
 
 @dataclass(frozen=True)
-class Span:
-    """Steps low..high - 1, a chunk of one sequence."""
-
-    low: int
-    high: int
-    slot: int  # where the state before it is kept
-    sequence: int | None  # of a packed batch
-    first: bool
-    last: bool
-
-
-@dataclass(frozen=True)
 class _Buffer:
     """A quantity of every step and state of a chunk, (T + 1, b, k, G, N, Ec), and the same step by step."""
 
@@ -206,9 +194,10 @@ class _Problem:
         rows = max(1, _BLOCK_STATES // (together * states))
         for k in range(0, self.directions, together):
             if self.cu_seqlens is None:
-                plan = spans(length)
+                plan = spans(length, chunk_steps(length))
             else:
-                plan = packed_spans(length, self.cu_seqlens, None if self.orders is None else self.orders[k])
+                order = None if self.orders is None else self.orders[k]
+                plan = packed_spans(length, chunk_steps(length), self.cu_seqlens, order)
             for b in range(0, batch, rows):
                 yield _Block(self, slice(b, min(batch, b + rows)), slice(k, k + together), plan)
 
@@ -221,29 +210,6 @@ class _Problem:
             make = [torch.empty(sizes, dtype=self.dtype, device=self.u.device) for _ in range(count)]
             self._buffers[sizes] = [_Buffer(x, x.unbind(0)) for x in make]
         return self._buffers[sizes]
-
-
-def spans(length: int) -> list[Span]:
-    """Chunks of a padded batch, the same in every direction."""
-    steps = chunk_steps(length)
-    return [
-        Span(low, min(length, low + steps), slot, None, low == 0, low + steps >= length)
-        for slot, low in enumerate(range(0, length, steps))
-    ]
-
-
-def packed_spans(length: int, cu_seqlens: Tensor, order: Tensor | None) -> list[Span]:
-    """Chunks of every sequence of a packed batch, in the order in which a direction visits the sequences."""
-    borders = cu_seqlens.tolist()
-    visits = torch.arange(length) if order is None else torch.argsort(order).cpu()
-    steps = chunk_steps(length)
-    begins = {s: int(visits[a:b].min()) for s, (a, b) in enumerate(itertools.pairwise(borders)) if b > a}
-    plan: list[Span] = []
-    for s, begin in sorted(begins.items(), key=lambda item: item[1]):
-        end = begin + borders[s + 1] - borders[s]
-        for low in range(begin, end, steps):
-            plan.append(Span(low, min(end, low + steps), len(plan), s, low == begin, low + steps >= end))
-    return plan
 
 
 class _Block:

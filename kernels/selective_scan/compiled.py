@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from genssm.kernels import native
-from genssm.kernels.selective_scan.chunked import chunk_steps, packed_spans, saved_shape, spans
+from genssm.kernels.selective_scan.chunked import chunk_steps, saved_shape
 from genssm.kernels.selective_scan.reference import directions_of
+from genssm.kernels.spans import packed_spans, spans
 
 __all__ = ["saved_shape", "scan_backward", "scan_forward"]
 
@@ -160,12 +161,12 @@ class _Call:
         self._plan(length, cu_seqlens, orders)
 
     def _plan(self, length: int, cu_seqlens: Tensor | None, orders: Tensor | None) -> None:
+        steps = chunk_steps(length)
         if cu_seqlens is None:
-            rows = [spans(length)]
+            rows = [spans(length, steps)]
         else:
-            rows = [
-                packed_spans(length, cu_seqlens, None if orders is None else orders[k]) for k in range(self.directions)
-            ]
+            orders_k = [None] * self.directions if orders is None else orders
+            rows = [packed_spans(length, steps, cu_seqlens, order) for order in orders_k]
         longest = max(len(row) for row in rows)
         plan = torch.zeros(len(rows), longest, 4, dtype=torch.int32)
         for row, to in zip(rows, plan):
@@ -173,7 +174,7 @@ class _Call:
             to[: len(row)] = torch.tensor(values, dtype=torch.int32)
         self.pointers(plan=plan)
         self.scan.chunks, self.scan.plan_step = longest, 0 if cu_seqlens is None else longest
-        self.scan.max_chunk = min(length, chunk_steps(length))
+        self.scan.max_chunk = min(length, steps)
 
     def input(self, name: str, x: Tensor) -> None:
         """Hand over (Bt, 1 or K, L, E) or (Bt, 1 or K, L, G, N), by its strides where the last dimension is dense."""

@@ -29,6 +29,7 @@ class Case:
     batch: int = 2
     length: int = 19
     channels: int = 12
+    heads: int = 3
     states: int = 4
     taps: int = 4
     directions: int = 1
@@ -60,7 +61,7 @@ class Problem:
         inputs = {}
         for name, x in self.inputs.items():
             dtype = dtypes if isinstance(dtypes, torch.dtype) else dtypes.get(name, torch.float32)
-            if name in ("A", "D", "delta_bias", "initial_state") and dtype != torch.float64:
+            if name in ("A", "D", "delta_bias", "dt_bias", "initial_state") and dtype != torch.float64:
                 dtype = torch.float32
             inputs[name] = x.detach().to(device, dtype).requires_grad_()
         return Problem(inputs, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.options.items()})
@@ -118,6 +119,33 @@ def scan_problem(case: Case, seed: int = 0) -> Problem:
             case.sequences, case.directions, case.channels, case.states, generator=g, dtype=torch.float64
         )
     options = {"delta_softplus": case.softplus, "reduce": case.reduce, **_options(case, g)}
+    return Problem({k: v for k, v in inputs.items() if k not in case.without.split()}, options)
+
+
+def ssd_problem(case: Case, seed: int = 0) -> Problem:
+    """Float64 arguments of `ssd`; ``channels`` of a case are those of all heads."""
+    g = torch.Generator().manual_seed(seed)
+    own = dict.fromkeys(case.own.split(), (case.directions,))
+    width = case.channels // case.heads
+
+    def tokens(name: str, *sizes: int) -> Tensor:
+        return torch.randn(case.batch, *own.get(name, ()), case.length, *sizes, generator=g, dtype=torch.float64)
+
+    def parameter(name: str) -> Tensor:
+        return torch.randn(*own.get(name, ()), case.heads, generator=g, dtype=torch.float64)
+
+    inputs = {name: tokens(name, case.heads, width) for name in ("x", "z")}
+    inputs["dt"] = tokens("dt", case.heads)
+    inputs.update({name: tokens(name, case.groups, case.states) for name in ("B", "C")})
+    inputs["A"] = -parameter("A").abs() - 0.1
+    inputs["D"] = parameter("D")
+    inputs["dt_bias"] = parameter("dt_bias") - 1
+    if not case.softplus:
+        inputs["dt"], inputs["dt_bias"] = inputs["dt"].abs(), inputs["dt_bias"].abs()
+    if case.initial:
+        sizes = (case.sequences, case.directions, case.heads, width, case.states)
+        inputs["initial_state"] = torch.randn(sizes, generator=g, dtype=torch.float64)
+    options = {"dt_softplus": case.softplus, "reduce": case.reduce, **_options(case, g)}
     return Problem({k: v for k, v in inputs.items() if k not in case.without.split()}, options)
 
 

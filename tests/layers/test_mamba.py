@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from genssm.layers import Mamba
-from genssm.layers.mamba import DepthwiseTaps
+from genssm.layers.directions import DepthwiseTaps
 
 
 def build(seed: int = 0, **options: object) -> Mamba:
