@@ -15,6 +15,8 @@ if (_root / "pyproject.toml").is_file() and str(_root) not in __path__:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AiM": "genssm.models",
+    "AutoregressiveImagePipeline": "genssm.pipelines",
     "ClassConditionalImagePipeline": "genssm.pipelines",
     "ContinuousDPMSolverScheduler": "genssm.single_step_solver",
     "DiM": "genssm.models",
@@ -23,6 +25,7 @@ _HOMES = {
     "FlowODEScheduler": "genssm.schedulers",
     "FlowSDEScheduler": "genssm.schedulers",
     "MODELS": "genssm.models",
+    "VQTokenizer": "genssm.models",
     "ZigMa": "genssm.models",
     "build_dataset": "genssm.data",
     "causal_conv1d": "genssm.kernels.causal_conv1d",

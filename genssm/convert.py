@@ -20,6 +20,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixi
 from safetensors.torch import load_file
 
 from genssm.errors import cli
+from genssm.models.aim import AIM_PRESETS, AiM, aim_config_from_published, convert_aim_state_dict
 from genssm.models.dim import DIM_PRESETS, DiM
 from genssm.models.dim_published import convert_dim_state_dict, dim_config_from_published
 from genssm.models.dimsum import DIMSUM_PRESETS, DiMSUM
@@ -34,6 +35,7 @@ from genssm.schedulers import FlowODEScheduler
 from genssm.single_step_solver import ContinuousDPMSolverScheduler
 
 Weights = dict[str, torch.Tensor]
+Second = ModelMixin | str | Path | None  # a VAE or tokenizer beside the model, or the folder it is in
 
 
 @dataclass(frozen=True)
@@ -45,22 +47,36 @@ class Published:
         presets: constructor arguments by name.
         config: (published weights, arguments known from elsewhere) -> constructor arguments that the weights show.
         weights: published weights -> ours, under our names; differentiable.
-        scheduler: makes the scheduler that the weights were trained for.
+        scheduler: makes the scheduler that the weights were trained for; None for models that need none.
         origin: where such weights come from and under which terms, for the model card.
         dead: pattern of our names of weights that the released code stores but never uses; where our model does not
             have them they are reported and left out.
+        folder: what is written, a key of :data:`FOLDERS`.
+        tokenizer: key of :data:`PUBLISHED` of a tokenizer whose weights may stand in the same file.
     """
 
     model: type[ModelMixin]
     presets: Mapping[str, Mapping[str, Any]]
     config: Callable[[Mapping[str, torch.Tensor], Mapping[str, Any]], dict[str, Any]]
     weights: Callable[[Mapping[str, torch.Tensor]], Weights]
-    scheduler: Callable[[], SchedulerMixin]
+    scheduler: Callable[[], SchedulerMixin] | None
     origin: str
     dead: str | None = None
+    folder: str = "denoiser"
+    tokenizer: str | None = None
 
 
 PUBLISHED = {
+    "aim": Published(
+        model=AiM,
+        presets=AIM_PRESETS,
+        config=aim_config_from_published,
+        weights=convert_aim_state_dict,
+        scheduler=None,
+        origin="AiM (arXiv:2408.12245), weights and code by Haopeng Li et al.",
+        folder="autoregressive",
+        tokenizer="vq",
+    ),
     "dim": Published(
         model=DiM,
         presets=DIM_PRESETS,
@@ -86,7 +102,8 @@ PUBLISHED = {
         config=vq_config_from_published,
         weights=convert_vq_state_dict,
         scheduler=None,
-        origin="VQ-f16 tokenizer (arXiv:2406.06525), weights and code by FoundationVision, MIT",
+        origin="VQ tokenizer of LlamaGen (arXiv:2406.06525), weights and code by FoundationVision, MIT",
+        folder="model",
     ),
     "zigma": Published(
         model=ZigMa,
@@ -256,20 +273,22 @@ def load_published(
     return model.eval(), report
 
 
-def write_pipeline(name: str, model: ModelMixin, out: str | Path, vae: str | Path | None = None) -> None:
+def write_pipeline(name: str, model: ModelMixin, out: str | Path, vae: Second = None) -> None:
     """Write a diffusers folder in one step: it appears complete under its name, or not at all.
 
-    Class-conditional and unconditional image models become a :class:`ClassConditionalImagePipeline`. Text and video
-    models have no pipeline of their own: of those, the folders ``denoiser/`` and ``scheduler/`` are written.
+    Class-conditional and unconditional image models become a :class:`ClassConditionalImagePipeline`, AiM an
+    :class:`AutoregressiveImagePipeline`. Text and video models have no pipeline of their own: of those, the folders
+    ``denoiser/`` and ``scheduler/`` are written. A tokenizer is written as a model's folder.
 
     Args:
         name: key of :data:`PUBLISHED`.
-        model: the denoiser.
+        model: the model.
         out: folder to write; must not exist.
-        vae: folder of a diffusers VAE to put in.
+        vae: VAE or tokenizer to put in, or its folder.
 
     Raises:
         FileExistsError: ``out`` exists.
+        ValueError: AiM without a tokenizer.
     """
     out = Path(out)
     if out.exists():
@@ -277,7 +296,8 @@ def write_pipeline(name: str, model: ModelMixin, out: str | Path, vae: str | Pat
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        _save(PUBLISHED[name], model, partial, vae)
+        FOLDERS[PUBLISHED[name].folder](PUBLISHED[name], model, partial, vae)
+        _write_card(PUBLISHED[name], model, partial)
         partial.chmod(0o755)
         os.rename(partial, out)
     except BaseException:
@@ -289,18 +309,45 @@ def _has_pipeline(model: ModelMixin) -> bool:
     return not (model.config.get("context_dim") or model.config.get("num_frames"))
 
 
-def _save(published: Published, model: ModelMixin, folder: Path, vae: str | Path | None) -> None:
+def _save_denoiser(published: Published, model: ModelMixin, folder: Path, vae: Second) -> None:
     scheduler = published.scheduler()
     if _has_pipeline(model):
         from diffusers import AutoModel
 
         from genssm.pipelines import ClassConditionalImagePipeline
 
-        vae = None if vae is None else AutoModel.from_pretrained(vae)
+        vae = AutoModel.from_pretrained(vae) if isinstance(vae, str | Path) else vae
         ClassConditionalImagePipeline(denoiser=model, scheduler=scheduler, vae=vae).save_pretrained(folder)
     else:
         model.save_pretrained(folder / "denoiser")
         scheduler.save_pretrained(folder / "scheduler")
+
+
+def _save_autoregressive(published: Published, model: ModelMixin, folder: Path, vae: Second) -> None:
+    from genssm.pipelines import AutoregressiveImagePipeline
+
+    if vae is None:
+        raise ValueError(
+            "the checkpoint holds no tokenizer (vqvae.*); convert one with 'vq' and give its folder: --vae"
+        )
+    vae = VQTokenizer.from_pretrained(vae) if isinstance(vae, str | Path) else vae
+    AutoregressiveImagePipeline(model=model, vqvae=vae).save_pretrained(folder)
+
+
+def _save_model(published: Published, model: ModelMixin, folder: Path, vae: Second) -> None:
+    if vae is not None:
+        raise ValueError("--vae is given but a tokenizer is written alone; leave it out")
+    model.save_pretrained(folder)
+
+
+FOLDERS: dict[str, Callable[[Published, ModelMixin, Path, Second], None]] = {
+    "denoiser": _save_denoiser,
+    "autoregressive": _save_autoregressive,
+    "model": _save_model,
+}
+
+
+def _write_card(published: Published, model: ModelMixin, folder: Path) -> None:
     (folder / "README.md").write_text(
         f"# Converted weights\n\nFrom: {published.origin}.\nThe terms of the source apply to these weights.\n"
         f"Model: `{type(model).__name__}`, {sum(p.numel() for p in model.parameters()):,} parameters.\n"
@@ -347,7 +394,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=["ema", "model", "state_dict"],
         help="part of a nested checkpoint; by default the first of these that is there",
     )
-    parser.add_argument("--vae", help="folder of a diffusers VAE to put into the pipeline")
+    parser.add_argument("--vae", help="folder of a diffusers VAE, or of a tokenizer, to put into the pipeline")
     parser.add_argument("--allow-missing", action="store_true", help="write even if keys do not fit")
     return parser.parse_args(arguments)
 
@@ -360,10 +407,15 @@ def main(arguments: list[str] | None = None) -> int:
     state_dict = read_checkpoint(args.checkpoint, args.weights)
     model, report = load_published(args.model, state_dict, _given(args))
     print(report)
-    if not report.complete and not args.allow_missing:
+    complete, vae, tokenizer = report.complete, args.vae, PUBLISHED[args.model].tokenizer
+    if tokenizer and vae is None and any(key.startswith("vqvae.") for key in state_dict):
+        vae, report = load_published(tokenizer, state_dict)
+        print(f"tokenizer: {report}")
+        complete = complete and report.complete
+    if not complete and not args.allow_missing:
         print("nothing written: the checkpoint does not fit this configuration (--allow-missing writes anyway)")
         return 1
-    write_pipeline(args.model, model, args.out, args.vae)
+    write_pipeline(args.model, model, args.out, vae)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters written to {args.out}")
     if not _has_pipeline(model):
         cls = type(model).__name__

@@ -2,11 +2,12 @@
 
 import diffusers
 
+from genssm.pipelines.autoregressive_image import AutoregressiveImagePipeline
 from genssm.pipelines.class_conditional_image import ClassConditionalImagePipeline
 from genssm.pipelines.upsampling import DiMUpsamplingPipeline
 from genssm.registration import register_library
 
-__all__ = ["ClassConditionalImagePipeline", "DiMUpsamplingPipeline"]
+__all__ = ["AutoregressiveImagePipeline", "ClassConditionalImagePipeline", "DiMUpsamplingPipeline"]
 
 register_library()
 for _name in __all__:

@@ -6,8 +6,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ImagePipelineOutput, ModelMixin, SchedulerMixin
 
 from genssm.pipelines.denoising import DenoisingPipeline, Generators, Guidance, set_times
+from genssm.pipelines.labels import Label, resolve_labels
 
-Label = int | str
 Condition = dict[str, torch.Tensor]
 
 
@@ -143,38 +143,7 @@ class ClassConditionalImagePipeline(DenoisingPipeline):
         """
         classes = self.denoiser.config.get("num_classes", 0)
         null = getattr(self.denoiser, "null_class_label", None)
-        if class_labels is None:
-            if classes and null is None:
-                raise ValueError(f"this denoiser knows {classes} classes and no null class; pass class_labels")
-            return None, 1 if num_images is None else num_images
-        if not classes:
-            raise ValueError("this denoiser is unconditional; leave class_labels out and pass num_images")
-        if isinstance(class_labels, torch.Tensor):
-            class_labels = class_labels.flatten().tolist()
-        if isinstance(class_labels, (int, str)):
-            class_labels = [class_labels]
-        labels = [self._index(label, classes, null) for label in class_labels]
-        if num_images is not None and len(labels) == 1:
-            labels = labels * num_images
-        if not labels or (num_images is not None and num_images != len(labels)):
-            raise ValueError(
-                f"{len(labels)} class_labels for num_images={num_images}; pass one label, or one per image"
-            )
-        return labels, len(labels)
-
-    def _index(self, label: Label, classes: int, null: int | None) -> int:
-        """Index of a class given by index or by name; names come first, so that "7" may be one."""
-        names = self.config.class_names or []
-        if isinstance(label, str):
-            if label in names:
-                return names.index(label)
-            if not label.isdecimal():
-                known = f"the names are {', '.join(names)}" if names else "the pipeline has no class_names"
-                raise ValueError(f"there is no class named {label!r}; {known}")
-            label = int(label)
-        if not (0 <= label < classes or label == null):
-            raise ValueError(f"class label {label} is not in 0..{classes - 1}, the classes of this denoiser")
-        return label
+        return resolve_labels(class_labels, num_images, classes, null, self.config.class_names or ())
 
     def _conditions(
         self, labels: list[int] | None, num_images: int, device: torch.device

@@ -13,7 +13,7 @@ from genssm.layers.embeddings import (
 from genssm.layers.mamba import Mamba
 from genssm.layers.mamba2 import Mamba2
 from genssm.layers.modulation import DropPath, LayerNorm, Modulation, RMSNorm, modulate, upcast
-from genssm.layers.outputs import DenoiserOutput
+from genssm.layers.outputs import DenoiserOutput, TokenOutput
 from genssm.layers.parameter_groups import parameter_groups
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "PatchEmbed",
     "RMSNorm",
     "TimestepEmbedding",
+    "TokenOutput",
     "modulate",
     "parameter_groups",
     "resize_positions",

@@ -1,9 +1,23 @@
-"""The denoisers, one file per paper."""
+"""The models, one file per paper."""
 
+from genssm.models.aim import AIM_PRESETS, AiM
 from genssm.models.dim import DIM_PRESETS, DiM
 from genssm.models.dimsum import DIMSUM_PRESETS, DiMSUM
+from genssm.models.vq import VQ_PRESETS, VQTokenizer
 from genssm.models.zigma import ZIGMA_PRESETS, ZigMa
 
-MODELS = {"dim": DiM, "dimsum": DiMSUM, "zigma": ZigMa}
+MODELS = {"aim": AiM, "dim": DiM, "dimsum": DiMSUM, "vq": VQTokenizer, "zigma": ZigMa}
 
-__all__ = ["DIMSUM_PRESETS", "DIM_PRESETS", "MODELS", "ZIGMA_PRESETS", "DiM", "DiMSUM", "ZigMa"]
+__all__ = [
+    "AIM_PRESETS",
+    "DIMSUM_PRESETS",
+    "DIM_PRESETS",
+    "MODELS",
+    "VQ_PRESETS",
+    "ZIGMA_PRESETS",
+    "AiM",
+    "DiM",
+    "DiMSUM",
+    "VQTokenizer",
+    "ZigMa",
+]

@@ -3,6 +3,7 @@
 # B batch, C image channels, H W image size, h w code grid, L = h w codes, Z latent_channels, V num_vq_embeddings codes,
 # E vq_embed_dim
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from genssm.layers import upcast
@@ -119,7 +121,7 @@ class Level(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * depth
         self.out_channels = widths[-1]
-        self.residual = nn.ModuleList(ResidualBlock(a, b, groups) for a, b in zip(widths, widths[1:]))
+        self.residual = nn.ModuleList(ResidualBlock(a, b, groups) for a, b in itertools.pairwise(widths))
         self.attention = nn.ModuleList(AttentionBlock(out_channels, groups) for _ in range(depth if attention else 0))
         self.resize = resize(self.out_channels) if resize else nn.Identity()
 
@@ -160,9 +162,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents to image: levels from coarse to fine with one residual block more; attention in the first."""
 
-    def __init__(
-        self, out_channels: int, widths: Sequence[int], depth: int, latent_channels: int, groups: int
-    ) -> None:
+    def __init__(self, out_channels: int, widths: Sequence[int], depth: int, latent_channels: int, groups: int) -> None:
         super().__init__()
         channels = widths[-1]
         self.conv_in = nn.Conv2d(latent_channels, channels, 3, padding=1)
@@ -397,6 +397,7 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         """Pixels per code, along each side."""
         return 2 ** (len(self.config.channel_multipliers) - 1)
 
+    @apply_forward_hook
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Latents before the quantiser.
 
@@ -423,16 +424,21 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         """Codes (B, L), int64, of ``images`` (B, C, H, W) in -1..1, in raster order."""
         return self.quantize(self.encode(images)).codes
 
+    @apply_forward_hook
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W), about -1..1, of code vectors ``latents`` (B, E, h, w)."""
         return self.decoder(self.post_quant_conv(latents.to(self.dtype)))
 
-    def decode_codes(self, codes: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+    @apply_forward_hook
+    def decode_codes(
+        self, codes: torch.Tensor, grid: tuple[int, int] | None = None, present: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Images of codes.
 
         Args:
             codes: (B, L), int64, in raster order.
             grid: (h, w) with h w = L; None means a square.
+            present: (h, w), True where a code counts, zeros stand for the others; None means everywhere.
 
         Returns:
             (B, C, H, W), about -1..1.
@@ -444,7 +450,8 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         grid = (side, side) if grid is None else grid
         if codes.dim() != 2 or math.prod(grid) != codes.shape[1]:
             raise ValueError(f"codes have shape {tuple(codes.shape)}; expected (B, {grid[0]} x {grid[1]})")
-        return self.decode(self.quantize.lookup(codes, grid))
+        latents = self.quantize.lookup(codes, grid)
+        return self.decode(latents if present is None else latents * present)
 
     def forward(self, images: torch.Tensor, return_dict: bool = True) -> TokenizerOutput | tuple:
         """Encode, quantise and decode.

@@ -25,7 +25,7 @@ Handler = Callable[[Mapping[str, Any], dict[str, torch.Tensor]], Iterator[Check]
 # model -> kind -> handler(what the JSON says, tensors)
 HANDLERS: dict[str | None, dict[str, Handler]] = {
     None: dimsum.PARTS | aim.PARTS,
-
+    "aim": {"network": aim.network},
     "dim": {
         "network": dim.network,
         "objective": dim.objective,

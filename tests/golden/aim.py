@@ -1,14 +1,18 @@
 """AiM's golden cases: sequence model, tokenizer, quantiser, token filters, label to image."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.func import functional_call
 
 from genssm.convert import PUBLISHED, load_published
+from genssm.models import AiM
 from genssm.models.vq import VectorQuantizer
+from genssm.pipelines import AutoregressiveImagePipeline
 from genssm.pipelines.token_sampling import TokenSampling, filter_logits
 from tests.golden.checks import Check, compare, equal
 from tests.golden.zigma import under
@@ -20,6 +24,121 @@ NO_MISFIT = "missing keys: none\nunexpected keys: none\nreshaped keys: none"
 
 def _gradient_tolerance(info: Info) -> dict[str, float]:
     return {"atol": info["tolerance_grad"]["relative_to_max"], "rtol": 0.0}
+
+
+def given_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a user of the converter would have to say, because the weights do not show it."""
+    ssm, tokens = config["ssm_options"], config["num_tokens"]
+    given = {"norm_eps": config["norm_eps"]}
+    if ssm["layer"] == "Mamba2":
+        given["ngroups"] = ssm["ngroups"]
+    if math.isqrt(tokens) ** 2 != tokens:
+        given["sample_size"] = [1, tokens]
+    return given
+
+
+def network(info: Info, tensors: Tensors) -> Iterator[Check]:
+    """Teacher-forced logits and gradients, cached decoding, its states, greedy codes; or label to image."""
+    if "out.image" in tensors:
+        yield from label_to_image(info, tensors)
+        return
+    published, inputs = under("w", tensors), under("in", tensors)
+    codes, labels = inputs["codes"], inputs["labels"].flatten()
+    given = given_arguments(info["config"])
+    model, report = load_published("aim", published, {**given, "position_offset": 0})
+    yield equal("keys", str(report), NO_MISFIT)
+    yield from _read_off(info["config"], model)
+
+    weights = {key: value.float().requires_grad_() for key, value in published.items()}
+    logits = functional_call(model, PUBLISHED["aim"].weights(weights), (codes[:, :-1], labels)).logits
+    entropy = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+    computed = {"logits_train": logits, "cross_entropy": entropy}
+    model, _ = load_published("aim", published, given)
+    with torch.no_grad():
+        computed |= _decode(model, codes, labels, info["cfg_scale"])
+    for key, value in under("out", tensors).items():
+        if key.startswith("greedy_tokens"):
+            yield equal(f"out.{key}", computed[key].tolist(), value.tolist())
+            continue
+        got = computed[key][..., 1:] if key.startswith("cache.conv") else computed[key]
+        value = value[..., 1:] if key.startswith("cache.conv") else value
+        stepwise = "step_logits" in key or "greedy" in key
+        yield compare(f"out.{key}", got, value, info["tolerance_decode" if stepwise else "tolerance"])
+    for key, value in under("grad", tensors).items():
+        loss = entropy if key.startswith("ce.") else logits.square().mean()
+        source = weights[key.removeprefix("ce.").removeprefix("w.")]
+        (got,) = torch.autograd.grad(loss, source, retain_graph=True)
+        yield compare(f"grad.{key}", got, value, _gradient_tolerance(info))
+
+
+def _read_off(config: Mapping[str, Any], model: AiM) -> Iterator[Check]:
+    """The configuration that the converter inferred, against the one in the JSON."""
+    ssm = config["ssm_options"]
+    expected = {
+        "hidden_size": config["d_model"],
+        "num_layers": config["n_layer"],
+        "vocab_size": config["vocab"],
+        "num_classes": config["num_classes"],
+        "mixer": ssm["layer"].lower(),
+        "num_groups": config["num_groups"] if config["adaln_group"] else 0,
+        "mlp_hidden": 128 * math.ceil(config["mlp_hidden"] / 128),
+        "norm": "rms" if config["rms_norm"] else "layer",
+        "tie_embeddings": config["tied_embeddings"],
+        **{name: ssm[name] for name in ("d_state", "d_conv", "expand", "headdim") if name in ssm},
+    }
+    for key, value in expected.items():
+        yield equal(f"config.{key}", model.config[key], value)
+    yield equal("num_tokens", model.num_tokens, config["num_tokens"])
+
+
+def _decode(model: AiM, codes: torch.Tensor, labels: torch.Tensor, scale: float) -> Tensors:
+    """Full logits with and without the condition, the same step by step under guidance, states, greedy codes."""
+    null = torch.full_like(labels, model.null_class_label)
+    both = torch.cat([labels, null])
+    computed = {
+        "logits_shifted_cond": model(codes[:, :-1], labels).logits,
+        "logits_shifted_uncond": model(codes[:, :-1], null).logits,
+    }
+    cache = model.new_cache(len(both))
+    steps = [model(class_labels=both, cache=cache).logits]
+    steps += [model(codes[:, i : i + 1].repeat(2, 1), cache=cache).logits for i in range(codes.shape[1] - 1)]
+    conditional, unconditional = torch.cat(steps, dim=1).chunk(2)
+    computed["step_logits_guided"] = unconditional + (conditional - unconditional) * scale
+    for layer, state in enumerate(cache.states):
+        # Ours keeps the d_conv - 1 columns that a convolution still needs, the golden one column more.
+        columns = F.pad(state.conv[:, 0], (1, 0))
+        computed |= {f"cache.conv.{layer}": columns, f"cache.ssm.{layer}": state.ssm[:, 0].clone()}
+    cache.begin()
+    logits, drawn = model(class_labels=both, cache=cache).logits, []
+    while True:
+        conditional, unconditional = logits[:, -1].chunk(2)
+        guided = unconditional + (conditional - unconditional) * 4
+        drawn.append(guided.argmax(dim=-1))
+        if len(drawn) == codes.shape[1]:
+            break
+        logits = model(drawn[-1].repeat(2)[:, None], cache=cache).logits
+    return computed | {"greedy_tokens_scale4": torch.stack(drawn, dim=1), "greedy_last_logits_scale4": guided}
+
+
+def label_to_image(info: Info, tensors: Tensors) -> Iterator[Check]:
+    """Tokenizer and sequence model out of one file, and the pipeline on them."""
+    config, published = info["config"], under("w", tensors)
+    model, report = load_published("aim", published, given_arguments(config))
+    yield equal("keys", str(report), NO_MISFIT)
+    yield from _read_off(config, model)
+    tokenizer, report = load_published("vq", published, {"base_channels": config["tokenizer"]["base_channels"]})
+    yield equal("keys of the tokenizer", str(report), NO_MISFIT)
+    pipe = AutoregressiveImagePipeline(model, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    labels = tensors["in.labels"].flatten()
+    call = {"temperature": 0, "guidance_scale": config["cfg_scale"]}
+    codes = pipe(labels, **call, output_type="latent").images
+    yield equal("out.tokens", codes.tolist(), tensors["out.tokens"].tolist())
+    with torch.no_grad():
+        yield compare("out.image", tokenizer.decode_codes(codes), tensors["out.image"], info["tolerance"])
+    images = pipe(labels, **call, output_type="pt").images
+    expected = (tensors["out.image"] / 2 + 0.5).clamp(0, 1)
+    yield compare("out.image of the pipeline", images, expected, info["tolerance"])
 
 
 def tokenizer(info: Info, tensors: Tensors) -> Iterator[Check]:
