@@ -138,6 +138,8 @@ class Mamba(DirectedMixer):
         """
         if state is not None:
             self._check_one_direction()
+            if hidden_states.shape[1] == 1:
+                return self.step(hidden_states[:, 0], state)[:, None]
         orders = self.direction_orders(orders, hidden_states)
         scan_over = {"orders": orders, "lengths": lengths, "cu_seqlens": cu_seqlens}
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, L, E) each

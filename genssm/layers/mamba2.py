@@ -158,6 +158,8 @@ class Mamba2(DirectedMixer):
         """
         if state is not None:
             self._check_state(orders, lengths, cu_seqlens)
+            if hidden_states.shape[1] == 1:
+                return self.step(hidden_states[:, 0], state)[:, None]
             return self._continue(hidden_states, orders, state)
         orders = self.direction_orders(orders, hidden_states)
         scan_over = {"orders": orders, "lengths": lengths, "cu_seqlens": cu_seqlens}

@@ -86,16 +86,13 @@ class AiMBlock(nn.Module):
             return self.modulation(conditioning)
         return tuple(row + own for row, own in zip(group, self.table.split(1, dim=1)))
 
-    def forward(
-        self, hidden_states: torch.Tensor, vectors: Vectors, state: Any = None, one_token: bool = False
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, vectors: Vectors, state: Any = None) -> torch.Tensor:
         """Add one layer to the stream.
 
         Args:
             hidden_states: residual stream (B, L, D), float32.
             vectors: see :meth:`vectors`.
-            state: the mixer's state, read and updated in place.
-            one_token: L is 1 and the mixer goes on from ``state`` by its decoding step.
+            state: the mixer's state, read and updated in place; None starts anew.
 
         Returns:
             (B, L, D), float32.
@@ -104,9 +101,8 @@ class AiMBlock(nn.Module):
             shift, scale, gate = vectors
         else:
             shift, shift_mlp, scale, scale_mlp, gate, gate_mlp = vectors
-        x = modulate(self.norm(hidden_states), shift, scale)
-        y = self.mixer.step(x[:, 0], state)[:, None] if one_token else self.mixer(x, state=state)
-        hidden_states = hidden_states + gate * y
+        x = self.mixer(modulate(self.norm(hidden_states), shift, scale), state=state)
+        hidden_states = hidden_states + gate * x
         if self.mlp is not None:
             x = modulate(self.norm_mlp(hidden_states), shift_mlp, scale_mlp)
             hidden_states = hidden_states + gate_mlp * self.mlp(x)
@@ -333,7 +329,7 @@ class AiM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         row = self.positions.index_select(0, cache.position + self.config.position_offset)  # (1, D)
         x = upcast(F.embedding(codes, self.code_embed()) + row)  # (B, 1, D)
         for block, vectors, state in zip(self.blocks, cache.vectors, cache.states):
-            x = block(x, vectors.unbind(0), state, one_token=True)
+            x = block(x, vectors.unbind(0), state)  # (B, 1, D)
         cache.position.add_(1)
         return self._logits(x, cache.vectors[-1].unbind(0))
 
