@@ -69,7 +69,9 @@ def parse_args() -> argparse.Namespace:
     how.add_argument("--guidance-power", type=float, default=0.0, help="less near the data; DiMSUM: 4 (default: 0)")
     how.add_argument("--temperature", type=float, default=1.0, help="models of codes: 0 takes the best (default: 1)")
     how.add_argument("--top-k", type=int, default=0, help="models of codes: draw from the k best (default: 0, all)")
-    how.add_argument("--top-p", type=float, default=1.0, help="models of codes: draw from the nucleus (default: 1, all)")
+    how.add_argument(
+        "--top-p", type=float, default=1.0, help="models of codes: draw from the nucleus (default: 1, all)"
+    )
     where = parser.add_argument_group("where")
     where.add_argument("--out", required=True, type=Path, help="folder for 000000.png, 000001.png, ... and " + RECORD)
     where.add_argument("--grid", type=Path, help="also one picture of all images, small ones enlarged")

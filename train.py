@@ -183,6 +183,7 @@ def train(run: Run, start: int, stop: StopRequest, *, quiet: bool) -> int:
         run.optimizer.step()
         run.lr_scheduler.step()
         run.optimizer.zero_grad(set_to_none=True)
+        run.task.after_step(step)
         if run.ema is not None:
             run.ema.update(step)
         log.step()

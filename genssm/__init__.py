@@ -25,6 +25,7 @@ _HOMES = {
     "FlowODEScheduler": "genssm.schedulers",
     "FlowSDEScheduler": "genssm.schedulers",
     "MODELS": "genssm.models",
+    "ReconstructionPipeline": "genssm.pipelines",
     "VQTokenizer": "genssm.models",
     "ZigMa": "genssm.models",
     "build_dataset": "genssm.data",

@@ -4,10 +4,16 @@ import diffusers
 
 from genssm.pipelines.autoregressive_image import AutoregressiveImagePipeline
 from genssm.pipelines.class_conditional_image import ClassConditionalImagePipeline
+from genssm.pipelines.reconstruction import ReconstructionPipeline
 from genssm.pipelines.upsampling import DiMUpsamplingPipeline
 from genssm.registration import register_library
 
-__all__ = ["AutoregressiveImagePipeline", "ClassConditionalImagePipeline", "DiMUpsamplingPipeline"]
+__all__ = [
+    "AutoregressiveImagePipeline",
+    "ClassConditionalImagePipeline",
+    "DiMUpsamplingPipeline",
+    "ReconstructionPipeline",
+]
 
 register_library()
 for _name in __all__:

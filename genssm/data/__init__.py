@@ -7,17 +7,27 @@ from typing import Any
 import torch
 
 from genssm.config import DataConfig
+from genssm.data.codes import CodeDataset, open_codes
 from genssm.data.images import CachedImages, ImageDataset
 from genssm.data.latents import LatentDataset, open_latents
 from genssm.data.sources import DATASETS as IMAGE_DATASETS
 from genssm.data.transforms import CROPS, ImageTransform
 
-DATASETS = (*IMAGE_DATASETS, "latents")
+DATASETS = (*IMAGE_DATASETS, "codes", "latents")
 
-__all__ = ["CROPS", "DATASETS", "CachedImages", "ImageDataset", "LatentDataset", "build_dataset", "cache_dataset"]
+__all__ = [
+    "CROPS",
+    "DATASETS",
+    "CachedImages",
+    "CodeDataset",
+    "ImageDataset",
+    "LatentDataset",
+    "build_dataset",
+    "cache_dataset",
+]
 
 
-def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset | LatentDataset:
+def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset | LatentDataset | CodeDataset:
     """A data set from a configuration, from keys, or from a configuration with some keys changed.
 
     Args:
@@ -26,7 +36,8 @@ def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset
 
     Returns:
         A map-style data set with ``num_classes``, ``class_names``, ``labels`` and items
-        ``{"pixel_values": float32 (C, H, W) in -1..1, "class_labels": int}``, or ``"latents"`` in place of the pixels.
+        ``{"pixel_values": float32 (C, H, W) in -1..1, "class_labels": int}``, or ``"latents"`` or ``"codes"`` in
+        place of the pixels.
         ``dataset[i]`` is never random.
 
     Raises:
@@ -44,20 +55,23 @@ def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset
             f"data.name={config.name!r} is not a data set"
             + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(DATASETS)}")
         )
-    idle = ("resolution", "channels", "crop", "label", "download") if config.name == "latents" else ("latents",)
+    of_images = ("resolution", "channels", "crop", "label", "download")
+    idle = {"latents": of_images, "codes": (*of_images, "latents")}.get(config.name, ("latents",))
     defaults = DataConfig(name=config.name)
     for key in idle:
         if getattr(config, key) != getattr(defaults, key):
             raise ValueError(f"data.{key} means nothing to data.name={config.name}; leave it out")
     if config.name == "latents":
         return open_latents(config.path, config.split, config.latents, flip=config.flip)
+    if config.name == "codes":
+        return open_codes(config.path, config.split, flip=config.flip)
     source = IMAGE_DATASETS[config.name](config.path, config.split, config.label, config.download)
     return ImageDataset(source, ImageTransform(config.resolution, config.channels, config.crop, config.flip))
 
 
 def cache_dataset(
-    dataset: ImageDataset | LatentDataset, cache: str, device: torch.device | str
-) -> ImageDataset | LatentDataset | CachedImages:
+    dataset: ImageDataset | LatentDataset | CodeDataset, cache: str, device: torch.device | str
+) -> ImageDataset | LatentDataset | CodeDataset | CachedImages:
     """The data set, or its items decoded into memory; training sees the same either way.
 
     Args:
@@ -66,12 +80,12 @@ def cache_dataset(
         device: of the training.
 
     Raises:
-        ValueError: latents on the device, or images that are cropped at random.
+        ValueError: latents or codes on the device, or images that are cropped at random.
     """
     if cache == "none":
         return dataset
-    if isinstance(dataset, LatentDataset):
+    if isinstance(dataset, LatentDataset | CodeDataset):
         if cache == "device":
-            raise ValueError("data.cache=device keeps images; use data.cache=ram with latents")
+            raise ValueError(f"data.cache=device keeps images; use data.cache=ram with {dataset.tensor_name}")
         return dataset.in_memory()
     return CachedImages(dataset, device if cache == "device" else "cpu")

@@ -194,7 +194,7 @@ class Quantized(BaseOutput):
     """
 
     latents: torch.Tensor
-    codes: torch.Tensor
+    codes: torch.Tensor | None = None
     codebook_loss: torch.Tensor | None = None
     commitment_loss: torch.Tensor | None = None
     entropy_loss: torch.Tensor | None = None
@@ -284,7 +284,8 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _count(self, codes: torch.Tensor) -> None:
-        share = torch.bincount(codes, minlength=len(self.usage)).to(self.usage.dtype) / codes.numel()
+        ones = torch.ones(len(codes), dtype=self.usage.dtype, device=codes.device)
+        share = torch.zeros_like(self.usage).index_add_(0, codes, ones) / len(codes)
         self.usage.lerp_(share, 1 - self.usage_decay)
 
     def usage_statistics(self) -> dict[str, float]:
@@ -326,10 +327,12 @@ class TokenizerOutput(BaseOutput):
     Args:
         sample: reconstructed images, (B, C, H, W), about -1..1.
         quantized: codes and losses.
+        latents: before the quantiser, (B, E, h, w).
     """
 
     sample: torch.Tensor
-    quantized: Quantized
+    quantized: Quantized | None = None
+    latents: torch.Tensor | None = None
 
 
 class VQTokenizer(ModelMixin, ConfigMixin):
@@ -466,11 +469,12 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         Raises:
             ValueError: see :meth:`encode`.
         """
-        quantized = self.quantize(self.encode(images))
+        latents = self.encode(images)
+        quantized = self.quantize(latents)
         sample = self.decode(quantized.latents)
         if not return_dict:
-            return sample, quantized
-        return TokenizerOutput(sample=sample, quantized=quantized)
+            return sample, quantized, latents
+        return TokenizerOutput(sample=sample, quantized=quantized, latents=latents)
 
 
 VQ_PRESETS: dict[str, dict[str, Any]] = {"f16": {}}

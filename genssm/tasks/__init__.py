@@ -5,11 +5,19 @@ import torch
 from genssm.config import RunConfig
 from genssm.tasks.base import Card, Task
 from genssm.tasks.images import ImageDenoising
+from genssm.tasks.next_token import NextToken
+from genssm.tasks.tokenizer import TokenizerTraining
 
 # key of genssm.models.MODELS -> what its training is
-TASKS: dict[str, type[Task]] = {"dim": ImageDenoising, "dimsum": ImageDenoising, "zigma": ImageDenoising}
+TASKS: dict[str, type[Task]] = {
+    "aim": NextToken,
+    "dim": ImageDenoising,
+    "dimsum": ImageDenoising,
+    "vq": TokenizerTraining,
+    "zigma": ImageDenoising,
+}
 
-__all__ = ["TASKS", "Card", "ImageDenoising", "Task", "build_task"]
+__all__ = ["TASKS", "Card", "ImageDenoising", "NextToken", "Task", "TokenizerTraining", "build_task"]
 
 
 def build_task(config: RunConfig, device: torch.device) -> Task:

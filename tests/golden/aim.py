@@ -176,7 +176,7 @@ def tokenizer(info: Info, tensors: Tensors) -> Iterator[Check]:
         images = inputs["x"].requires_grad_()
         computed["encoder"] = call(lambda m, x: m.encoder(x), images)
         computed["pre_quant"] = call(lambda m, x: m.encode(x), images)
-        computed["reconstruction"], quantized = call(lambda m, x: m(x, return_dict=False), images)
+        computed["reconstruction"], quantized, _ = call(lambda m, x: m(x, return_dict=False), images)
         computed["quantized"], computed["indices"] = quantized.latents, quantized.codes
     for key, value in under("out", tensors).items():
         if key == "indices":

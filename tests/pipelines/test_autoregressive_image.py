@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from genssm.models import AiM, VQTokenizer
+from genssm.models import AiM
 from genssm.pipelines import AutoregressiveImagePipeline
 from genssm.pipelines.autoregressive_image import guidance_scales
 from genssm.pipelines.token_sampling import TokenSampling, filter_logits, invert_cdf
@@ -56,7 +56,7 @@ def test_images_do_not_depend_on_the_batch(changes: dict, call: dict) -> None:
 
 
 def test_codes_are_drawn_from_the_model(pipe: AutoregressiveImagePipeline) -> None:
-    """Greedy codes are the best of the whole sequence's logits; drawn ones follow the distribution of the first code."""
+    """Greedy codes are the best of the whole sequence's logits; others follow the first code's distribution."""
     model = pipe.model
     codes = pipe([1], temperature=0, output_type="latent").images
     with torch.no_grad():
