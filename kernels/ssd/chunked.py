@@ -26,11 +26,10 @@ _BLOCK_ELEMENTS = 262144
 _LEAST = -1000.0
 
 
-def saved_shape(
-    batch: int, directions: int, length: int, heads: int, width: int, states: int, sequences: int
-) -> tuple[int, int, int, int]:
+def saved_shape(x: Tensor, B: Tensor, C: Tensor, directions: int, sequences: int) -> tuple[int, int, int, int]:
     """Shape of the states kept for the backward: one before each chunk; a packed sequence starts a chunk of its own."""
-    return (length + STEPS - 1) // STEPS + sequences - batch, batch, directions, heads * width * states
+    batch, _, length, heads, width = x.shape
+    return (length + STEPS - 1) // STEPS + sequences - batch, batch, directions, heads * width * B.shape[-1]
 
 
 def ssd_forward(
@@ -51,11 +50,11 @@ def ssd_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Result, last state and the states before each chunk; canonical arguments as in `reference.ssd_reference`."""
     problem = _Problem(x, dt, A, B, C, D, z, dt_bias, dt_softplus, orders, lengths, cu_seqlens)
-    batch, _, length, heads, width = x.shape
+    heads, width = x.shape[3:]
     K, N, options = problem.directions, B.shape[-1], {"dtype": problem.dtype, "device": x.device}
     out = _Rows(x, 1 if reduce_sum else K, K)
     last_state = torch.empty(problem.sequences, K, heads, width, N, **options)
-    saved = torch.empty(saved_shape(batch, K, length, heads, width, N, problem.sequences), **options)
+    saved = torch.empty(saved_shape(x, B, C, K, problem.sequences), **options)
     if cu_seqlens is not None:  # slots that no chunk uses, and sequences without a token
         saved.zero_()
         last_state.copy_(initial_state) if initial_state is not None else last_state.zero_()

@@ -1,0 +1,379 @@
+"""The Mamba-2 scan in Triton: tile sizes, buffers and launches. The kernels are in ``triton_forward`` and
+``triton_backward``; the arguments are the canonical ones of `genssm.kernels.ssd.op`.
+
+Sizes depend on H, G, P, N, the types and the device only. Where sequences x heads cannot fill the device, time is split
+into segments. Nothing is added atomically, so two runs give the same bits.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from genssm.kernels.ssd.reference import directions_of
+from genssm.kernels.ssd.triton_backward import ssd_adjoint_kernel, ssd_backward_kernel
+from genssm.kernels.ssd.triton_forward import ssd_chain_kernel, ssd_forward_kernel, ssd_local_kernel
+from genssm.kernels.triton_launch import device_of, first_steps, named, processors, refuse_double, strides
+
+_NAME = "ssd"
+_ENOUGH = 2  # programs per multiprocessor from which on time and heads are not split
+_WANTED = 4  # programs per multiprocessor to aim at when they are
+_CHAIN_BLOCK = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Sizes of a program's tiles, constants of its binary."""
+
+    CHUNK: int
+    NB: int
+    PB: int
+
+
+def chunk_steps(states: int, half: bool) -> int:
+    """Steps of a chunk: 64, fewer where the rows of B and C would leave no room for the rest."""
+    row = _power_of_two(states) * (2 if half else 4)
+    return 64 if row <= 256 else 32 if row <= 512 else 16
+
+
+def is_half(x: Tensor, B: Tensor, C: Tensor) -> bool:
+    """Whether the matrix products take bfloat16: where x, B and C all are."""
+    return all(t.dtype == torch.bfloat16 for t in (x, B, C))
+
+
+def saved_shape(
+    x: Tensor, B: Tensor, C: Tensor, directions: int, sequences: int
+) -> tuple[int, int, int, int, int, int]:
+    """Shape of the checkpoints: the state before every `chunk_steps` steps of each order, (Bt, K, chunks, H, N, P)."""
+    batch, _, length, heads, width = x.shape
+    chunk = chunk_steps(B.shape[-1], is_half(x, B, C))
+    return batch, directions, (length + chunk - 1) // chunk, heads, B.shape[-1], width
+
+
+def ssd_forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    orders: Tensor | None,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reduce_sum: bool,
+    *,
+    segments: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scan all directions.
+
+    Args:
+        segments: pieces that time is split into; None takes the built-in choice. For measurements.
+    Returns:
+        The result, the last state and the checkpoints (`saved_shape`); see `genssm.kernels.ssd.op`.
+    Raises:
+        ValueError: float64 inputs.
+    """
+    refuse_double(_NAME, x, dt, B, C, z)
+    batch, _, length, heads, width = x.shape
+    states, groups = B.shape[-1], B.shape[3]
+    directions = directions_of(orders, x, dt, A, B, C, D, z, dt_bias)
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    saved = x.new_empty(saved_shape(x, B, C, directions, sequences), dtype=torch.float32)
+    chunks = saved.shape[2]
+    last = x.new_empty(sequences, directions, heads, width, states, dtype=torch.float32)
+    out = x.new_empty((batch, length, heads, width) if reduce_sum else (batch, directions, length, heads, width))
+    target = out
+    if reduce_sum and directions > 1:
+        target = x.new_empty((batch, directions, length, heads, width), dtype=torch.float32)
+    if not sequences:
+        return out, last, saved
+    tile = _tile(states, width, is_half(x, B, C), 8192)
+    programs = -(-width // tile.PB) * heads * sequences * directions
+    segments, segment_chunks = _split(programs, chunks, cu_seqlens, segments, x.device)
+    with device_of(x):
+        a, skip, bias = A.float().contiguous(), _rows(D), _rows(dt_bias)
+        arguments = {
+            **_inputs(x, dt, a, B, C, z, bias, orders, lengths),
+            **named("x", "bklhp", strides(x)),
+            **named("b", "bklgn", strides(B)),
+            "length": length,
+            "directions": directions,
+            "segments": segments,
+            "segment_chunks": segment_chunks,
+            "SOFTPLUS": dt_softplus,
+            "ALIGNED": _aligned(x, B, C, z),
+            **_constants(x, B, C, groups),
+            **dataclasses.asdict(tile),
+        }
+        carry = None
+        if segments > 1:
+            carry = x.new_empty(sequences, directions, segments, heads, states, width, dtype=torch.float32)
+            decay = x.new_empty(sequences, directions, segments, heads, dtype=torch.float32)
+            ssd_local_kernel[(programs * segments,)](
+                **_only(ssd_local_kernel, arguments), x=x, b=B, carry=carry, decay=decay, **_options()
+            )
+            _chain(carry, decay, initial_state, reverse=False)
+        ssd_forward_kernel[(programs * segments,)](
+            **arguments,
+            x=x,
+            b=B,
+            skip=skip,
+            initial=initial_state,
+            first_steps=first_steps(orders, cu_seqlens, length, directions),
+            borders=cu_seqlens,
+            carry=carry,
+            out=target,
+            last=last,
+            saved=saved,
+            **named("i", "skhpn", strides(initial_state, 5)),
+            skip_k=strides(skip, 2, directions=0)[0],
+            o_b=target.stride(0),
+            o_k=target.stride(1) if target.ndim == 5 else 0,
+            sequences=sequences,
+            chunks=chunks,
+            SEGMENTED=segments > 1,
+            **_options(),
+        )
+    if target is not out:
+        torch.sum(target, dim=1, out=out)
+    return out, last, saved
+
+
+def ssd_backward(
+    grad_out: Tensor,
+    grad_last_state: Tensor | None,
+    saved: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    orders: Tensor | None,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reduce_sum: bool,
+    *,
+    segments: int | None = None,
+    slots: int | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, dt, A, B, C, D, z, dt_bias, initial_state, each in the shape and dtype of its input.
+
+    Args:
+        segments: as in `ssd_forward`.
+        slots: programs that share the heads of a group; None takes the built-in choice. For measurements.
+    """
+    batch, _, length, heads, width = x.shape
+    states, groups = B.shape[-1], B.shape[3]
+    _, directions, chunks = saved.shape[:3]
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    g = grad_out.unsqueeze(1) if reduce_sum else grad_out
+    works = sequences * chunks
+
+    def new(*sizes: int) -> Tensor:  # packed sequences leave chunks out
+        allocate = x.new_empty if cu_seqlens is None else x.new_zeros
+        return allocate(sizes, dtype=torch.float32)
+
+    per_token = [_Summed(t, directions) for t in (x, dt, z)]
+    slots = slots or _slots(works * directions * groups, heads // groups, x.device)
+    da, dskip, dbias = (new(works, directions, heads) if t is not None else None for t in (A, D, dt_bias))
+    db, dc = (new(slots, batch, directions, length, groups, states) for _ in range(2))
+    dinitial = None
+    if initial_state is not None:
+        dinitial = x.new_empty(initial_state.shape, dtype=torch.float32)
+    if sequences:
+        half = is_half(x, B, C)
+        walk, tile = _tile(states, width, half, 8192), _tile(states, width, half, 4096)
+        programs = -(-width // walk.PB) * heads * sequences * directions
+        segments, segment_chunks = _split(programs, chunks, cu_seqlens, segments, x.device)
+        with device_of(x):
+            a, skip, bias = A.float().contiguous(), _rows(D), _rows(dt_bias)
+            adjoints = torch.empty_like(saved)
+            arguments = {
+                **_inputs(x, dt, a, B, C, z, bias, orders, lengths),
+                "grad": g,
+                "grad_last": grad_last_state,
+                "adjoints": adjoints,
+                "first_steps": first_steps(orders, cu_seqlens, length, directions),
+                "borders": cu_seqlens,
+                **named("g", "bklhp", strides(g)),
+                **named("gl", "skhpn", strides(grad_last_state, 5)),
+                "length": length,
+                "sequences": sequences,
+                "directions": directions,
+                "chunks": chunks,
+                "SOFTPLUS": dt_softplus,
+                "ALIGNED": _aligned(x, B, C, z, g),
+                **_constants(x, B, C, groups),
+            }
+            parts = {"segments": segments, "segment_chunks": segment_chunks, "dinitial": dinitial}
+            parts.update(dataclasses.asdict(walk), SEGMENTED=segments > 1, carry=None, decay=None)
+            if segments > 1:
+                parts["carry"] = x.new_empty(sequences, directions, segments, heads, states, width, dtype=torch.float32)
+                parts["decay"] = x.new_empty(sequences, directions, segments, heads, dtype=torch.float32)
+                grid = (programs * segments,)
+                ssd_adjoint_kernel[grid](**arguments, **parts, LOCAL=True, **_options())
+                _chain(parts["carry"], parts["decay"], grad_last_state, reverse=True)
+            ssd_adjoint_kernel[(programs * segments,)](**arguments, **parts, LOCAL=False, **_options())
+            ssd_backward_kernel[(works * directions * groups * slots,)](
+                **arguments,
+                saved=saved,
+                x=x,
+                b=B,
+                skip=skip,
+                initial=initial_state,
+                dx=per_token[0].final,
+                ddt=per_token[1].final,
+                dz=per_token[2].final,
+                da=da,
+                db=db,
+                dc=dc,
+                dskip=dskip,
+                dbias=dbias,
+                **named("x", "bklhp", strides(x)),
+                **named("b", "bklgn", strides(B)),
+                **named("i", "skhpn", strides(initial_state, 5)),
+                skip_k=strides(skip, 2, directions=0)[0],
+                **named("dx", "bk", per_token[0].strides),
+                **named("dd", "bk", per_token[1].strides),
+                **named("dz", "bk", per_token[2].strides),
+                batch=batch,
+                slots=slots,
+                **dataclasses.asdict(tile),
+                **_options(warps=8),
+            )
+    dx, ddt, dz = (t.result() for t in per_token)
+    dB, dC = (_sum(part.sum(0), t.shape[1], 1).to(t.dtype) for part, t in ((db, B), (dc, C)))
+    parameters = ((da, A), (dskip, D), (dbias, dt_bias))
+    dA, dD, dbias = (None if p is None else _sum(part.sum(0), p.shape[0], 0).to(p.dtype) for part, p in parameters)
+    dinitial = None if dinitial is None else dinitial.to(initial_state.dtype)
+    return dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial
+
+
+class _Summed:
+    """A gradient per token that directions may share: where the kernel writes it, and its sum over directions."""
+
+    def __init__(self, x: Tensor | None, directions: int) -> None:
+        self.like, self.final, self.strides = x, None, (0, 0)
+        if x is None:
+            return
+        batch, own, *rest = x.shape
+        if own < directions:
+            self.final = x.new_empty((batch, directions, *rest), dtype=torch.float32)
+        else:
+            self.final = x.new_empty(x.shape)
+        self.strides = (self.final.stride(0), self.final.stride(1))
+
+    def result(self) -> Tensor | None:
+        if self.like is None or self.final.shape == self.like.shape:
+            return self.final
+        return self.final.sum(1, keepdim=True).to(self.like.dtype)
+
+
+def _inputs(x, dt, a, B, C, z, bias, orders, lengths) -> dict[str, Tensor | int | None]:
+    """Arguments that the walks and the backward share, with their strides."""
+    return {
+        "dt": dt,
+        "a": a,
+        "c": C,
+        "z": z,
+        "bias": bias,
+        "orders": orders,
+        "lengths": lengths,
+        **named("d", "bklh", strides(dt)),
+        **named("z", "bklhp", strides(z, 5)),
+        **named("c", "bklgn", strides(C)),
+        "a_k": strides(a, directions=0)[0],
+        "bias_k": strides(bias, 2, directions=0)[0],
+    }
+
+
+def _constants(x: Tensor, B: Tensor, C: Tensor, groups: int) -> dict[str, int | bool | str]:
+    heads, width = x.shape[3:]
+    sizes = {"HEADS": heads, "GROUP_HEADS": heads // groups, "WIDTH": width, "STATES": B.shape[-1]}
+    return {**sizes, "HALF": is_half(x, B, C), "PRECISION": precision(x, B, C)}
+
+
+def precision(*operands: Tensor) -> str:
+    """Of products that are not in bfloat16: TF32 where it loses nothing that the inputs hold, else all of float32."""
+    half = all(t.dtype in (torch.bfloat16, torch.float16) for t in operands)
+    return "tf32" if half and torch.version.hip is None else "ieee"
+
+
+def _only(kernel, arguments: dict) -> dict:
+    return {name: value for name, value in arguments.items() if name in kernel.arg_names}
+
+
+def _options(warps: int = 4) -> dict[str, int | bool]:
+    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+
+
+def _tile(states: int, width: int, half: bool, elements: int) -> Tile:
+    """Blocks of channels such that a state has at most ``elements``; 16 is the least that a matrix product takes."""
+    padded = max(16, _power_of_two(states))
+    block = max(16, min(64, _power_of_two(width), elements // padded))
+    return Tile(chunk_steps(states, half), padded, block)
+
+
+def _split(
+    programs: int, chunks: int, cu_seqlens: Tensor | None, segments: int | None, device: torch.device
+) -> tuple[int, int]:
+    """Segments of whole chunks, and chunks of a segment. Packed sequences are the pieces already."""
+    if cu_seqlens is not None:
+        return 1, chunks
+    if segments is None:
+        segments = 1
+        if 0 < programs < _ENOUGH * processors(device):
+            segments = max(1, min(-(-_WANTED * processors(device) // programs), chunks // 2))
+    segment_chunks = -(-chunks // segments)
+    return -(-chunks // segment_chunks), segment_chunks
+
+
+def _slots(programs: int, heads: int, device: torch.device) -> int:
+    """Into how many parts the heads of a group are shared out: as few as fill the device."""
+    if programs >= _ENOUGH * processors(device):
+        return 1
+    return max(1, min(heads, -(-_WANTED * processors(device) // max(1, programs))))
+
+
+def _chain(carry: Tensor, decay: Tensor, seed: Tensor | None, reverse: bool) -> None:
+    sequences, directions, segments, heads, states, width = carry.shape
+    ssd_chain_kernel[(-(-states * width // _CHAIN_BLOCK), sequences * directions * heads)](
+        carry=carry,
+        decay=decay,
+        seed=seed,
+        **named("i", "skhpn", strides(seed, 5)),
+        directions=directions,
+        segments=segments,
+        REVERSE=reverse,
+        HEADS=heads,
+        WIDTH=width,
+        STATES=states,
+        BLOCK=_CHAIN_BLOCK,
+    )
+
+
+def _sum(total: Tensor, own: int, dim: int) -> Tensor:
+    """Sum the directions (``dim``) where they are shared."""
+    return total.sum(dim, keepdim=True) if own < total.shape[dim] else total
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def _aligned(*tensors: Tensor | None) -> bool:
+    """Whether every row can start a 16-byte load, as far as batch, direction and head or group decide it."""
+    return all(stride % 8 == 0 for x in tensors if x is not None for stride in (*x.stride()[:2], x.stride(3)))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
