@@ -25,6 +25,8 @@ _HOMES = {
     "FlowODEScheduler": "genssm.schedulers",
     "FlowSDEScheduler": "genssm.schedulers",
     "MODELS": "genssm.models",
+    "MaskMamba": "genssm.models",
+    "MaskedImagePipeline": "genssm.pipelines",
     "ReconstructionPipeline": "genssm.pipelines",
     "VQTokenizer": "genssm.models",
     "ZigMa": "genssm.models",

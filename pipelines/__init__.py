@@ -4,6 +4,7 @@ import diffusers
 
 from genssm.pipelines.autoregressive_image import AutoregressiveImagePipeline
 from genssm.pipelines.class_conditional_image import ClassConditionalImagePipeline
+from genssm.pipelines.masked_image import MaskedImagePipeline
 from genssm.pipelines.reconstruction import ReconstructionPipeline
 from genssm.pipelines.upsampling import DiMUpsamplingPipeline
 from genssm.registration import register_library
@@ -12,6 +13,7 @@ __all__ = [
     "AutoregressiveImagePipeline",
     "ClassConditionalImagePipeline",
     "DiMUpsamplingPipeline",
+    "MaskedImagePipeline",
     "ReconstructionPipeline",
 ]
 

@@ -1,55 +1,19 @@
 """Images drawn code by code: a model of codes (:class:`genssm.models.AiM`) and the tokenizer that shows them."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
-from diffusers.image_processor import VaeImageProcessor
+from diffusers import ImagePipelineOutput, ModelMixin
 
-from genssm.models.aim import AiM
-from genssm.models.vq import VQTokenizer
-from genssm.paths import check_choice
-from genssm.pipelines.denoising import OUTPUT_TYPES, Generators
-from genssm.pipelines.labels import Labels, resolve_labels
+from genssm.pipelines.code_images import CodePipeline, guidance_scales
+from genssm.pipelines.denoising import Generators
+from genssm.pipelines.labels import Labels
 from genssm.pipelines.token_decoding import TokenDecoder, draw_uniform
 from genssm.pipelines.token_sampling import TokenSampling
 
-SCHEDULES = ("constant", "linear", "cosine")
-Condition = dict[str, torch.Tensor]
 
-
-def guidance_scales(
-    scale: float | Sequence[float], schedule: str, num_tokens: int, device: torch.device | str = "cpu"
-) -> torch.Tensor:
-    """Guidance scale of each code, (T,), float32.
-
-    Args:
-        scale: of all codes, or of the last one where a schedule rises to it, or one for each code.
-        schedule: "constant"; "linear" and "cosine" rise from 1 at the first code, 1 + (scale - 1) r, with
-            r = i / (T - 1) or r = (1 - cos(pi i / (T - 1))) / 2.
-        num_tokens: T.
-        device: where the result goes.
-    Raises:
-        ValueError: an unknown schedule, or scales that are not one per code.
-    """
-    check_choice("guidance_schedule", schedule, SCHEDULES)
-    if isinstance(scale, Sequence):
-        if len(scale) != num_tokens or schedule != "constant":
-            raise ValueError(
-                f"{len(scale)} guidance scales with schedule {schedule!r}; a list takes one for each of the "
-                f"{num_tokens} codes and no schedule"
-            )
-        return torch.tensor(scale, dtype=torch.float32, device=device)
-    if schedule == "constant":
-        return torch.full((num_tokens,), float(scale), device=device)
-    rise = torch.linspace(0, 1, num_tokens, device=device)
-    rise = (1 - torch.cos(math.pi * rise)) / 2 if schedule == "cosine" else rise
-    return 1 + (scale - 1) * rise
-
-
-class AutoregressiveImagePipeline(DiffusionPipeline):
+class AutoregressiveImagePipeline(CodePipeline):
     """Class- or text-conditional and unconditional images from a model that draws codes one after the other.
 
     An image depends on its generator and its condition, not on the batch it is made in. On CUDA the steps run as one
@@ -62,39 +26,11 @@ class AutoregressiveImagePipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "model->vqvae"
-    _callback_tensor_inputs: ClassVar[list[str]] = ["codes"]
 
     def __init__(self, model: ModelMixin, vqvae: ModelMixin, class_names: list[str] | None = None) -> None:
         super().__init__()
-        classes, vocabulary = model.config.num_classes, vqvae.config.num_vq_embeddings
-        if class_names is not None and len(class_names) != classes:
-            raise ValueError(f"{len(class_names)} class_names for a model of {classes} classes")
-        if model.config.vocab_size != vocabulary:
-            raise ValueError(f"the model draws {model.config.vocab_size} codes but the tokenizer knows {vocabulary}")
-        self.register_modules(model=model, vqvae=vqvae)
-        self.register_to_config(class_names=class_names)
+        self._register(model, vqvae, class_names)
         self._decoder: tuple[Any, TokenDecoder] | None = None
-        self._interrupt = False
-
-    @classmethod
-    def _get_signature_types(cls) -> dict[str, tuple[type, ...]]:
-        # from_pipe compares exact types: name the models for which ModelMixin stands in the signature.
-        return {**super()._get_signature_types(), "model": (AiM,), "vqvae": (VQTokenizer,)}
-
-    @property
-    def denoiser(self) -> ModelMixin:
-        """The model, under the name by which tools ask every pipeline for its network."""
-        return self.model
-
-    @property
-    def native_size(self) -> tuple[int, int]:
-        """(height, width) of the images in pixels."""
-        return tuple(side * self.vqvae.scale_factor for side in self.model.grid)
-
-    @property
-    def interrupt(self) -> bool:
-        """Set ``pipe._interrupt = True`` in a callback to stop after that code."""
-        return self._interrupt
 
     @torch.no_grad()
     def __call__(
@@ -156,7 +92,10 @@ class AutoregressiveImagePipeline(DiffusionPipeline):
         self._interrupt = False
         sampling = TokenSampling(1.0 if as_released else temperature, top_k, top_p)
         labels, num_images = self._resolve(class_labels, num_images, prompt_embeds)
-        self._check_call(num_images, generator, output_type, callback_on_step_end_tensor_inputs, codes, as_released)
+        self._check_call(num_images, generator, output_type, callback_on_step_end_tensor_inputs)
+        self._check_given(codes, num_images)
+        if as_released and isinstance(generator, Sequence):
+            raise ValueError("as_released draws all images with one generator; pass one, not a list")
         device, tokens = self._execution_device, self.model.num_tokens
         scales = guidance_scales(guidance_scale, guidance_schedule, tokens, device)
         guided = as_released or bool((scales != 1).any())
@@ -178,7 +117,7 @@ class AutoregressiveImagePipeline(DiffusionPipeline):
                 decoder.step()
                 done += 1
 
-        images = self._decode(decoder.codes.clone(), done, output_type)
+        images = self.preview(decoder.codes.clone(), done, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -191,85 +130,17 @@ class AutoregressiveImagePipeline(DiffusionPipeline):
             done: how many there are: the callback's step + 1.
             output_type: as for the call.
         """
-        return self._decode(codes, done, output_type)
+        present = torch.arange(codes.shape[1], device=codes.device) < done
+        return self._decode(codes, present.expand_as(codes), output_type)
 
-    def resolve_labels(self, class_labels: Labels, num_images: int | None) -> tuple[list[int] | None, int]:
-        """Indices of the classes, one per image, and the number of images; see :func:`resolve_labels`."""
-        classes, null = self.model.config.num_classes, self.model.null_class_label
-        return resolve_labels(class_labels, num_images, classes, null, self.config.class_names or ())
-
-    def _resolve(
-        self, class_labels: Labels, num_images: int | None, prompt_embeds: torch.Tensor | None
-    ) -> tuple[list[int] | None, int]:
-        """Labels and number of images, which texts may tell, too."""
-        if prompt_embeds is None:
-            return self.resolve_labels(class_labels, num_images)
-        if not self.model.config.context_dim:
-            raise ValueError("prompt_embeds are given but this model reads no text; leave them out")
-        if num_images not in (None, len(prompt_embeds)):
-            raise ValueError(f"{len(prompt_embeds)} prompt_embeds for num_images={num_images}; pass one per image")
-        return self.resolve_labels(class_labels, len(prompt_embeds))
-
-    def _check_call(
-        self,
-        num_images: int,
-        generator: Generators,
-        output_type: str,
-        callback_inputs: Sequence[str],
-        codes: torch.Tensor | None,
-        as_released: bool,
-    ) -> None:
-        """Refuse, before anything is computed, what cannot work."""
-        if num_images < 1:
-            raise ValueError(f"num_images is {num_images}; expected at least 1")
-        check_choice("output_type", output_type, OUTPUT_TYPES)
-        if isinstance(generator, Sequence) and as_released:
-            raise ValueError("as_released draws all images with one generator; pass one, not a list")
-        if isinstance(generator, Sequence) and len(generator) != num_images:
-            raise ValueError(f"{len(generator)} generators for {num_images} images; pass one, or one per image")
-        unknown = sorted(set(callback_inputs) - set(self._callback_tensor_inputs))
-        if unknown:
-            raise ValueError(f"a callback cannot be given {unknown}; it can be given {self._callback_tensor_inputs}")
+    def _check_given(self, codes: torch.Tensor | None, num_images: int) -> None:
+        """Refuse codes that do not begin an image of this model."""
         tokens, vocabulary = self.model.num_tokens, self.model.config.vocab_size
         if codes is not None:
             if codes.dim() != 2 or codes.shape[0] != num_images or codes.shape[1] >= tokens:
                 raise ValueError(f"codes have shape {tuple(codes.shape)}; expected ({num_images}, n) with n < {tokens}")
             if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < vocabulary:
                 raise ValueError(f"codes lie outside 0..{vocabulary - 1}, the codes of this model")
-
-    def _condition(
-        self,
-        labels: list[int] | None,
-        text: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        num_images: int,
-        guided: bool,
-        device: torch.device,
-    ) -> Condition:
-        """Arguments of the model, (R, ...) each; under guidance the second half is without the condition."""
-        condition: Condition = {}
-        null = self.model.null_class_label
-        if null is not None:
-            own = torch.full((num_images,), null) if labels is None else torch.tensor(labels)
-            halves = [own, torch.full((num_images,), null)] if guided else [own]
-            condition["class_labels"] = torch.cat(halves).to(device)
-        if self.model.config.context_dim:
-            condition |= self._text(text, mask, num_images, guided, device)
-        if guided and labels is None and text is None:
-            raise ValueError("guidance_scale needs a class or a text, and none is given; leave it at 1")
-        return condition
-
-    def _text(
-        self, text: torch.Tensor | None, mask: torch.Tensor | None, num_images: int, guided: bool, device: torch.device
-    ) -> Condition:
-        """The text's part of the condition; a text of no tokens is the null text."""
-        if text is None:
-            text = torch.zeros(num_images, 0, self.model.config.context_dim)
-            mask = None
-        mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if mask is None else mask.bool()
-        if guided:
-            text, mask = torch.cat([text, text]), torch.cat([mask, torch.zeros_like(mask)])
-        return {"encoder_hidden_states": text.to(device), "encoder_attention_mask": mask.to(device)}
 
     @property
     def _offloads(self) -> bool:
@@ -294,16 +165,3 @@ class AutoregressiveImagePipeline(DiffusionPipeline):
             self._decoder = None  # frees the memory of the old one first
             self._decoder = key, TokenDecoder(self.model, num_images, guided, sampling, device, capture=True)
         return self._decoder[1]
-
-    def _decode(self, codes: torch.Tensor, done: int, output_type: str) -> Any:
-        """Codes (B, T), the first ``done`` of which count, to images; grey where there are none yet."""
-        if output_type == "latent":
-            return codes
-        (rows, columns), factor = self.model.grid, self.vqvae.scale_factor
-        present = (torch.arange(rows * columns, device=codes.device) < done).view(rows, columns)
-        # Convolutions on the CPU round by batch size; one image at a time also bounds the memory.
-        at_once = 1 if codes.device.type == "cpu" else len(codes)
-        parts = [self.vqvae.decode_codes(part, (rows, columns), present).float() for part in codes.split(at_once)]
-        images = torch.cat(parts)
-        images = images * present.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
-        return VaeImageProcessor(vae_scale_factor=factor).postprocess(images, output_type)

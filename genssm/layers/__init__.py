@@ -1,6 +1,7 @@
 """Blocks that two or more models use identically."""
 
 from genssm.layers.attention import CrossAttention
+from genssm.layers.context import ContextEmbedding
 from genssm.layers.embeddings import (
     LabelEmbedding,
     PatchEmbed,
@@ -17,6 +18,7 @@ from genssm.layers.outputs import DenoiserOutput, TokenOutput
 from genssm.layers.parameter_groups import parameter_groups
 
 __all__ = [
+    "ContextEmbedding",
     "CrossAttention",
     "DenoiserOutput",
     "DropPath",

@@ -3,10 +3,18 @@
 from genssm.models.aim import AIM_PRESETS, AiM
 from genssm.models.dim import DIM_PRESETS, DiM
 from genssm.models.dimsum import DIMSUM_PRESETS, DiMSUM
+from genssm.models.maskmamba import MaskMamba
 from genssm.models.vq import VQ_PRESETS, VQTokenizer
 from genssm.models.zigma import ZIGMA_PRESETS, ZigMa
 
-MODELS = {"aim": AiM, "dim": DiM, "dimsum": DiMSUM, "vq": VQTokenizer, "zigma": ZigMa}
+MODELS = {
+    "aim": AiM,
+    "dim": DiM,
+    "dimsum": DiMSUM,
+    "maskmamba": MaskMamba,
+    "vq": VQTokenizer,
+    "zigma": ZigMa,
+}
 
 __all__ = [
     "AIM_PRESETS",
@@ -18,6 +26,7 @@ __all__ = [
     "AiM",
     "DiM",
     "DiMSUM",
+    "MaskMamba",
     "VQTokenizer",
     "ZigMa",
 ]

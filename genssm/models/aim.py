@@ -16,7 +16,18 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
-from genssm.layers import LabelEmbedding, LayerNorm, Mamba, Mamba2, Modulation, RMSNorm, TokenOutput, modulate, upcast
+from genssm.layers import (
+    ContextEmbedding,
+    LabelEmbedding,
+    LayerNorm,
+    Mamba,
+    Mamba2,
+    Modulation,
+    RMSNorm,
+    TokenOutput,
+    modulate,
+    upcast,
+)
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 MLP_MULTIPLE = 128
@@ -210,10 +221,7 @@ class AiM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.code_embed = CodeTable(vocab_size, hidden_size)
         self.positions = nn.Parameter(0.02 * torch.randn(self.num_tokens + 1, hidden_size))
         self.label_embed = LabelEmbedding(num_classes, hidden_size)
-        self.context_embed = nn.Linear(context_dim, hidden_size) if context_dim else None
-        self.null_context = nn.Parameter(0.02 * torch.randn(context_dim)) if context_dim else None
-        if context_dim:
-            nn.init.zeros_(self.context_embed.bias)
+        self.context_embed = ContextEmbedding(context_dim, context_length, hidden_size) if context_dim else None
 
         sizes = {"d_state": d_state, "d_conv": d_conv, "expand": expand, "out_scale": num_layers**-0.5}
         if mixer == "mamba2":
@@ -252,7 +260,7 @@ class AiM(ModelMixin, ConfigMixin, PeftAdapterMixin):
     @property
     def null_encoder_hidden_states(self) -> torch.Tensor | None:
         """The learned null text token, (context_dim,); None without text."""
-        return self.null_context
+        return None if self.context_embed is None else self.context_embed.null
 
     def forward(
         self,
@@ -296,14 +304,13 @@ class AiM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         cache: AiMCache | None,
     ) -> torch.Tensor:
         """Logits (B, L + 1, V) of a sequence from its beginning."""
-        batch, length = self._check_input(codes, labels, text, mask)
+        batch, length = self._check_input(codes, labels, text)
         c = self.label_embed(labels, batch)  # (B, D)
         parts = []
         if self.context_embed is not None:
-            text, present = self._context(text, mask, batch)
-            text = self.context_embed(text)  # (B, S, D)
-            c = c + _masked_mean(text, present)
-            parts.append(text)
+            tokens, mean = self.context_embed(text, mask, batch)  # (B, S, D), (B, D)
+            c = c + mean
+            parts.append(tokens)
         parts.append(c[:, None])
         if length:
             first = self.config.position_offset
@@ -362,11 +369,7 @@ class AiM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         )
 
     def _check_input(
-        self,
-        codes: torch.Tensor | None,
-        labels: torch.Tensor | None,
-        text: torch.Tensor | None,
-        mask: torch.Tensor | None,
+        self, codes: torch.Tensor | None, labels: torch.Tensor | None, text: torch.Tensor | None
     ) -> tuple[int, int]:
         """Batch size and number of codes of an input that fits the model."""
         if labels is not None and not self.config.num_classes:
@@ -382,33 +385,7 @@ class AiM(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"codes have shape {tuple(codes.shape)}; expected ({batch}, L) with L < {self.num_tokens}, the codes "
                 "of an image: the last one predicts nothing"
             )
-        if text is not None:
-            expected = f"({batch}, up to {self.config.context_length}, {self.config.context_dim})"
-            fits = text.dim() == 3 and text.shape[1] <= self.config.context_length
-            if not fits or text.shape[0] != batch or text.shape[2] != self.config.context_dim:
-                raise ValueError(f"encoder_hidden_states has shape {tuple(text.shape)}; expected {expected}")
-            if mask is not None and mask.shape != text.shape[:2]:
-                shapes = f"{tuple(mask.shape)}; expected {tuple(text.shape[:2])}"
-                raise ValueError(f"encoder_attention_mask has shape {shapes}")
         return batch, 0 if codes is None else codes.shape[1]
-
-    def _context(
-        self, text: torch.Tensor | None, mask: torch.Tensor | None, batch: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text tokens (B, S, context_dim) with the null token where there is none, and where there is one, (B, S)."""
-        length, null = self.config.context_length, self.null_context
-        if text is None:
-            return null.expand(batch, length, -1), torch.zeros(batch, length, dtype=torch.bool, device=null.device)
-        present = torch.ones(text.shape[:2], device=text.device) if mask is None else mask
-        present = F.pad(present.bool(), (0, length - text.shape[1]))  # (B, S)
-        text = F.pad(text.to(null.dtype), (0, 0, 0, length - text.shape[1]))
-        return torch.where(present[..., None], text, null), present
-
-
-def _masked_mean(context: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-    """Mean of the tokens (B, S, D) that count, of all where none does, (B, D)."""
-    weight = torch.where(present.any(dim=1, keepdim=True), present, True)[..., None].to(context.dtype)
-    return (context * weight).sum(dim=1) / weight.sum(dim=1)
 
 
 # Constructor arguments by name: 256x256 images of ImageNet, 16x16 codes. "1B" is named in the paper; its width and

@@ -441,7 +441,8 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         Args:
             codes: (B, L), int64, in raster order.
             grid: (h, w) with h w = L; None means a square.
-            present: (h, w), True where a code counts, zeros stand for the others; None means everywhere.
+            present: (h, w) or (B, 1, h, w), True where a code counts, zeros stand for the vectors of the others, whose
+                codes may be out of range; None means everywhere.
 
         Returns:
             (B, C, H, W), about -1..1.
@@ -453,8 +454,10 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         grid = (side, side) if grid is None else grid
         if codes.dim() != 2 or math.prod(grid) != codes.shape[1]:
             raise ValueError(f"codes have shape {tuple(codes.shape)}; expected (B, {grid[0]} x {grid[1]})")
-        latents = self.quantize.lookup(codes, grid)
-        return self.decode(latents if present is None else latents * present)
+        if present is None:
+            return self.decode(self.quantize.lookup(codes, grid))
+        codes = codes.clamp(max=self.config.num_vq_embeddings - 1)
+        return self.decode(self.quantize.lookup(codes, grid) * present)
 
     def forward(self, images: torch.Tensor, return_dict: bool = True) -> TokenizerOutput | tuple:
         """Encode, quantise and decode.

@@ -5,6 +5,7 @@ import torch
 from genssm.config import RunConfig
 from genssm.tasks.base import Card, Task
 from genssm.tasks.images import ImageDenoising
+from genssm.tasks.masked_token import MaskedToken
 from genssm.tasks.next_token import NextToken
 from genssm.tasks.tokenizer import TokenizerTraining
 
@@ -13,11 +14,12 @@ TASKS: dict[str, type[Task]] = {
     "aim": NextToken,
     "dim": ImageDenoising,
     "dimsum": ImageDenoising,
+    "maskmamba": MaskedToken,
     "vq": TokenizerTraining,
     "zigma": ImageDenoising,
 }
 
-__all__ = ["TASKS", "Card", "ImageDenoising", "NextToken", "Task", "TokenizerTraining", "build_task"]
+__all__ = ["TASKS", "Card", "ImageDenoising", "MaskedToken", "NextToken", "Task", "TokenizerTraining", "build_task"]
 
 
 def build_task(config: RunConfig, device: torch.device) -> Task:

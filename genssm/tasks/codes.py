@@ -34,6 +34,8 @@ class CodeModelling(Task):
         self.num_classes = self.model.config.num_classes
         self._check_codes()
         self._check_classes()
+        if self.model.config.context_dim:
+            raise ValueError("these data have no text; set model.args.context_dim to 0")
 
     def _check_codes(self) -> None:
         """Refuse a vocabulary or a grid that is not the tokenizer's or the data's."""

@@ -17,8 +17,6 @@ class NextToken(CodeModelling):
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.objective = build_objective(config.objective, ("next_token",))
         super().__init__(config, device)
-        if self.model.config.context_dim:
-            raise ValueError("data.name gives classes, not text; set model.args.context_dim to 0")
 
     def loss(self, model: nn.Module, batch: Tensors, numbers: Tensors) -> torch.Tensor:
         return self.objective.loss(model, self.codes(batch), **self.condition(batch, numbers))  # (B,)

@@ -81,17 +81,20 @@ class MaskedTokenObjective:
         rank = order.argsort(dim=1).argsort(dim=1)
         return rank < count[:, None]
 
-    def loss(self, model: nn.Module, codes: torch.Tensor, mask: torch.Tensor, **condition: object) -> torch.Tensor:
+    def loss(
+        self, model: nn.Module, codes: torch.Tensor, mask: torch.Tensor, mask_code: int, **condition: object
+    ) -> torch.Tensor:
         """Loss of each image.
 
         Args:
-            model: called as ``model(codes, mask, **condition).logits``.
+            model: called as ``model(codes with mask_code where masked, **condition).logits``.
             codes: (B, T), int64.
             mask: (B, T) bool, True where the model must guess.
+            mask_code: what stands for a masked code.
             condition: further arguments of the model.
         Returns:
             (B,), float32.
         """
-        logits = model(codes, mask, **condition).logits  # (B, T, V)
+        logits = model(torch.where(mask, mask_code, codes), **condition).logits  # (B, T, V)
         error = _cross_entropy(logits, codes, self.label_smoothing)
         return (error * mask).sum(dim=1) / mask.sum(dim=1)

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from genssm.models import AiM
 from genssm.pipelines import AutoregressiveImagePipeline
-from genssm.pipelines.autoregressive_image import guidance_scales
+from genssm.pipelines.code_images import guidance_scales
 from genssm.pipelines.token_sampling import TokenSampling, filter_logits, invert_cdf
 from tests.models.common import randomise
 from tests.models.test_vq import make_tokenizer
@@ -88,7 +88,7 @@ def test_guidance_schedules() -> None:
     assert guidance_scales(3.0, "cosine", 5).tolist() == pytest.approx([1.0, 1.2929, 2.0, 2.7071, 3.0], abs=1e-4)
     with pytest.raises(ValueError, match="expected one of constant, linear, cosine"):
         guidance_scales(2.0, "steps", 5)
-    with pytest.raises(ValueError, match="one for each of the 5 codes"):
+    with pytest.raises(ValueError, match="one for each of the 5 steps"):
         guidance_scales([2.0], "constant", 5)
 
 
