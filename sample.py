@@ -90,6 +90,8 @@ def parse_args() -> argparse.Namespace:
 def load(folder: Path, args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
     """The pipeline in a folder, on its device, with the sampler asked for."""
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=DTYPES[args.dtype]).to(device)
+    if not hasattr(pipe, "denoiser"):
+        raise ValueError(f"the {type(pipe).__name__} in {folder} draws no images; give a run of a model that does")
     idle = [key for key in args.changed if key not in known(pipe) and not (key == "scheduler" and has_scheduler(pipe))]
     if idle:
         options = ", ".join("--" + key.replace("_", "-") for key in idle)

@@ -18,7 +18,6 @@ from genssm.config import DataConfig, load_data_config
 from genssm.data import build_dataset
 from genssm.data.codes import load_tokenizer
 from genssm.data.encode import SAVE_EVERY, begin_partial, write_json
-from genssm.data.images import ImageDataset
 from genssm.data.transforms import to_model_range
 from genssm.errors import cli
 
@@ -55,11 +54,11 @@ def encode_codes(
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another --out or remove it")
+    if config.name in ("codes", "latents"):
+        raise ValueError(f"data.name={config.name} holds no images; name a data set of images")
     tokenizer = load_tokenizer(tokenizer_path).to(device)
     channels = config.channels or tokenizer.config.in_channels
     dataset = build_dataset(dataclasses.replace(config, flip=False, channels=channels))
-    if not isinstance(dataset, ImageDataset):
-        raise ValueError(f"data.name={config.name} holds no images; name a data set of images")
     vocabulary, factor = tokenizer.config.num_vq_embeddings, tokenizer.scale_factor
     height, width = dataset.item_shape[1] // factor, dataset.item_shape[2] // factor
     rows, views = len(dataset), 2 if flip else 1

@@ -25,8 +25,8 @@ class PatchDiscriminator(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for level, (narrow, wide) in enumerate(itertools.pairwise(widths), 1):
             stride = 2 if level < depth else 1
-            layers += [nn.Conv2d(narrow, wide, 4, stride, padding=1), nn.GroupNorm(8, wide), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
+            layers += [nn.Conv2d(narrow, wide, 3, stride, padding=1), nn.GroupNorm(8, wide), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Verdicts (B, 1, h, w), positive for real, on ``images`` (B, C, H, W)."""
