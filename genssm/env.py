@@ -15,13 +15,14 @@ from genssm.errors import cli
 from genssm.kernels import dispatch
 from genssm.kernels.causal_conv1d import causal_conv1d
 from genssm.kernels.selective_scan import selective_scan
+from genssm.kernels.ssd import ssd
 from genssm.metrics.weights import cache_folder
 
 PACKAGES = (
     "torch", "torchvision", "triton", "diffusers", "accelerate", "einops", "clean-fid", "transformers", "peft",
     "safetensors", "numpy", "torchdiffeq", "scikit-learn", "datasets",
 )  # fmt: skip
-OPS = ("selective_scan", "causal_conv1d")
+OPS = ("selective_scan", "ssd", "causal_conv1d")
 
 
 def versions() -> dict[str, str]:
@@ -93,13 +94,31 @@ def check(device: torch.device) -> Iterator[tuple[str, float, float]]:
         "z": normal(batch, length, channels),
         "delta_bias": normal(2, channels) - 2,
     }
+    heads = 5
+    ssd_inputs = {
+        "x": normal(batch, length, heads, channels // heads),
+        "dt": 0.5 * normal(batch, 2, length, heads),
+        "A": -normal(2, heads).exp(),
+        "B": normal(batch, 2, length, 1, states),
+        "C": normal(batch, 2, length, 1, states),
+        "D": normal(2, heads),
+        "z": normal(batch, length, heads, channels // heads),
+        "dt_bias": normal(2, heads) - 2,
+    }
     conv_inputs = {"x": normal(batch, length, channels), "weight": normal(2, channels, 4), "bias": normal(2, channels)}
     scan = functools.partial(selective_scan, delta_softplus=True, orders=orders)
+    heads_scan = functools.partial(ssd, dt_softplus=True, orders=orders)
     conv = functools.partial(causal_conv1d, activation="silu", orders=orders)
-    for op, call, inputs in (("selective_scan", scan, scan_inputs), ("causal_conv1d", conv, conv_inputs)):
+    calls = {
+        "selective_scan": (scan, scan_inputs),
+        "ssd": (heads_scan, ssd_inputs),
+        "causal_conv1d": (conv, conv_inputs),
+    }
+    for op in OPS:
+        call, inputs = calls[op]
         expected = _results(call, "reference", inputs)
         for backend in dispatch.BACKENDS[1:]:
-            if dispatch.why_not(backend, device.type, device.index or 0) is None:
+            if dispatch.why_not(backend, device.type, device.index or 0, op=op) is None:
                 got = _results(call, backend, inputs)
                 error = max(float((a - b).norm() / b.norm()) for a, b in zip(got, expected))
                 yield f"{op} {backend} on {device}", error, 1e-4

@@ -20,6 +20,15 @@ def strides(x: Tensor | None, ndim: int = 0, directions: int | None = 1) -> tupl
     return tuple(0 if dim == directions and size == 1 else x.stride(dim) for dim, size in enumerate(x.shape))
 
 
+def wide(*tensors: Tensor | None) -> bool:
+    """Whether an offset inside one batch row and direction needs 64 bits."""
+    return any(
+        sum((size - 1) * abs(stride) for size, stride in zip(x.shape[1:], x.stride()[1:])) >= 2**31
+        for x in tensors
+        if x is not None
+    )
+
+
 def named(prefix: str, dims: str, values: tuple[int, ...]) -> dict[str, int]:
     """Kernel arguments ``prefix_d`` for the letters of ``dims``."""
     return {f"{prefix}_{dim}": value for dim, value in zip(dims, values)}

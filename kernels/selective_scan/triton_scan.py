@@ -15,7 +15,7 @@ from torch import Tensor
 from genssm.kernels.selective_scan.reference import directions_of
 from genssm.kernels.selective_scan.triton_backward import scan_adjoint_kernel, scan_backward_kernel
 from genssm.kernels.selective_scan.triton_forward import chain_kernel, scan_forward_kernel
-from genssm.kernels.triton_launch import device_of, first_steps, named, processors, refuse_double, strides
+from genssm.kernels.triton_launch import device_of, first_steps, named, processors, refuse_double, strides, wide
 
 _NAME = "selective_scan"
 _LANES = 32
@@ -182,7 +182,7 @@ def scan_forward(
             "CHANNELS": channels,
             "GROUP_CHANNELS": channels // groups,
             "STATES": states,
-            "WIDE": _wide(u, delta, B, C, z, out),
+            "WIDE": wide(u, delta, B, C, z, out),
             "CHUNK": chunk_steps(states),
             "UNROLL": unroll or 4,
             **dataclasses.asdict(tile),
@@ -299,7 +299,7 @@ def scan_backward(
                 "CHANNELS": channels,
                 "GROUP_CHANNELS": channels // groups,
                 "STATES": states,
-                "WIDE": _wide(u, delta, B, C, z, g, db),
+                "WIDE": wide(u, delta, B, C, z, g, db),
                 "CHUNK": chunk,
                 "UNROLL": unroll or 4,
                 **dataclasses.asdict(tile),
@@ -470,15 +470,6 @@ def _rows(x: Tensor | None) -> Tensor | None:
 def _aligned(*strides: tuple[int, ...]) -> bool:
     """Whether every row of B and C can start a 16-byte load, as far as batch, direction and group decide it."""
     return all(stride % 8 == 0 for b, k, _, g, _ in strides for stride in (b, k, g))
-
-
-def _wide(*tensors: Tensor | None) -> bool:
-    """Whether an offset inside one batch row and direction needs 64 bits."""
-    return any(
-        sum((size - 1) * abs(stride) for size, stride in zip(x.shape[1:], x.stride()[1:])) >= 2**31
-        for x in tensors
-        if x is not None
-    )
 
 
 def _options(registers: int | None) -> dict[str, int | bool]:

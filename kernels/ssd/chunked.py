@@ -26,10 +26,11 @@ _BLOCK_ELEMENTS = 262144
 _LEAST = -1000.0
 
 
-def saved_shape(x: Tensor, B: Tensor, C: Tensor, directions: int, sequences: int) -> tuple[int, int, int, int]:
-    """Shape of the states kept for the backward: one before each chunk; a packed sequence starts a chunk of its own."""
+def new_saved(x: Tensor, B: Tensor, C: Tensor, directions: int, sequences: int) -> Tensor:
+    """Room for the states that the backward needs: before each chunk; a packed sequence starts a chunk of its own."""
     batch, _, length, heads, width = x.shape
-    return (length + STEPS - 1) // STEPS + sequences - batch, batch, directions, heads * width * B.shape[-1]
+    sizes = ((length + STEPS - 1) // STEPS + sequences - batch, batch, directions, heads * width * B.shape[-1])
+    return x.new_empty(sizes, dtype=compute_dtype(x))
 
 
 def ssd_forward(
@@ -54,7 +55,7 @@ def ssd_forward(
     K, N, options = problem.directions, B.shape[-1], {"dtype": problem.dtype, "device": x.device}
     out = _Rows(x, 1 if reduce_sum else K, K)
     last_state = torch.empty(problem.sequences, K, heads, width, N, **options)
-    saved = torch.empty(saved_shape(x, B, C, K, problem.sequences), **options)
+    saved = new_saved(x, B, C, K, problem.sequences)
     if cu_seqlens is not None:  # slots that no chunk uses, and sequences without a token
         saved.zero_()
         last_state.copy_(initial_state) if initial_state is not None else last_state.zero_()

@@ -4,7 +4,7 @@ One pair of ops serves all fast implementations; the backend is an argument. An 
 
     ssd_forward(x, ..., reduce_sum) -> (out, last_state, saved)
     ssd_backward(grad_out, grad_last_state, saved, x, ..., reduce_sum) -> nine gradients
-    saved_shape(x, B, C, directions, sequences) -> shape of ``saved``, float32 or float64
+    new_saved(x, B, C, directions, sequences) -> ``saved``, not yet filled
 
 with the canonical arguments that `genssm.kernels.ssd` prepares.
 """
@@ -58,11 +58,9 @@ def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, orders, initial_state, lengths
     batch, _, *sizes = x.shape
     directions = directions_of(orders, x, dt, A, B, C, D, z, dt_bias)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = arguments.compute_dtype(x)
     out = x.new_empty((batch, *sizes) if reduce_sum else (batch, directions, *sizes))
-    last_state = x.new_empty((sequences, directions, *sizes[1:], B.shape[-1]), dtype=dtype)
-    saved = implementation(backend).saved_shape(x, B, C, directions, sequences)
-    return out, last_state, x.new_empty(saved, dtype=dtype)
+    last_state = x.new_empty((sequences, directions, *sizes[1:], B.shape[-1]), dtype=arguments.compute_dtype(x))
+    return out, last_state, implementation(backend).new_saved(x, B, C, directions, sequences)
 
 
 @ssd_bwd.register_fake

@@ -1,8 +1,9 @@
 """Triton kernels of the Mamba-2 scan's backward pass; words and tiles as in ``triton_chunks``, derivation in README.md.
 
 First a walk from the last chunk to the first keeps the adjoint state after every chunk. Then the chunks do not depend
-on each other: a program takes one of them and some heads of a group, one after the other, and adds up what they
-contribute to B and C. What several programs contribute goes to a slot for each, summed afterwards.
+on each other: one kernel takes a chunk of one head and makes the gradients of x, dt, z and of the parameters; another
+takes a chunk of some heads of a group, one after the other, and adds up what they contribute to B and C. What several
+programs contribute goes to a slot for each, summed afterwards.
 """
 
 import triton
@@ -37,12 +38,6 @@ _RUNTIME = [
     "a_k",
     "skip_k",
     "bias_k",
-    "i_s",
-    "i_k",
-    "i_h",
-    "gl_s",
-    "gl_k",
-    "gl_h",
     "dx_b",
     "dx_k",
     "dd_b",
@@ -58,6 +53,28 @@ _RUNTIME = [
     "chunks",
     "slots",
 ]
+
+
+@triton.jit
+def state_before(kept, initial, ends, n, p, whole, PACKED: tl.constexpr, WIDTH: tl.constexpr, STATES: tl.constexpr):
+    """The state before a chunk; that before a packed sequence which starts inside it (not ``whole``)."""
+    mask = (n < STATES)[:, None] & (p < WIDTH)[None, :]
+    h = tl.load(kept + state_offsets(n, p, WIDTH, 1), mask=mask & whole, other=0.0)
+    if PACKED and initial is not None:
+        start = tl.load(initial + ends + state_offsets(n, p, 1, STATES), mask=mask & (whole == 0), other=0.0)
+        h = (h + start).to(h.dtype)
+    return h
+
+
+@triton.jit
+def state_after(kept, grad_last, ends, n, p, full, WIDTH: tl.constexpr, STATES: tl.constexpr):
+    """The adjoint state after a chunk; where a sequence ends inside it (not ``full``), the last state's gradient."""
+    mask = (n < STATES)[:, None] & (p < WIDTH)[None, :]
+    dh = tl.load(kept + state_offsets(n, p, WIDTH, 1), mask=mask & full, other=0.0)
+    if grad_last is not None:
+        last = tl.load(grad_last + ends + state_offsets(n, p, 1, STATES), mask=mask & (full == 0), other=0.0)
+        dh = (dh + last).to(dh.dtype)
+    return dh
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -82,11 +99,6 @@ def ssd_adjoint_kernel(
     g_l,
     g_h,
     g_p,
-    gl_s,
-    gl_k,
-    gl_h,
-    gl_p,
-    gl_n,
     d_b,
     d_k,
     d_l,
@@ -113,6 +125,7 @@ def ssd_adjoint_kernel(
     LOCAL: tl.constexpr,
     SEGMENTED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
     HEADS: tl.constexpr,
@@ -167,8 +180,8 @@ def ssd_adjoint_kernel(
     elif SEGMENTED:
         dh = tl.load(carry + place * (STATES * WIDTH) + own, mask=state_mask, other=0.0)
     elif grad_last is not None:
-        last_at = grad_last + s * gl_s + k * gl_k + head * gl_h + state_offsets(n, p, gl_n, gl_p)
-        dh = tl.load(last_at, mask=state_mask, other=0.0).to(tl.float32)
+        last_at = grad_last + (sk * HEADS + head) * (STATES * WIDTH) + state_offsets(n, p, 1, STATES)
+        dh = tl.load(last_at, mask=state_mask, other=0.0)
     else:
         dh = tl.zeros([NB, PB], tl.float32)
     if not LOCAL:
@@ -185,7 +198,7 @@ def ssd_adjoint_kernel(
             tl.store(
                 kept_at + (tl.full([], 0, tl.int64) + chunk) * (HEADS * STATES * WIDTH), dh, mask=state_mask & full
             )
-        row, live = visited(order, step, inside, limit)
+        row, live = visited(order, step, inside, limit, WIDE)
         dts = tl.load(d_at + row * d_l, mask=live, other=0.0).to(tl.float32) + bias_h
         if SOFTPLUS:
             dts = softplus(dts)
@@ -210,7 +223,7 @@ def ssd_adjoint_kernel(
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def ssd_backward_kernel(
+def ssd_tokens_kernel(
     grad,
     grad_last,
     saved,
@@ -232,8 +245,6 @@ def ssd_backward_kernel(
     ddt,
     dz,
     da,
-    db,
-    dc,
     dskip,
     dbias,
     g_b,
@@ -241,11 +252,6 @@ def ssd_backward_kernel(
     g_l,
     g_h,
     g_p,
-    gl_s,
-    gl_k,
-    gl_h,
-    gl_p,
-    gl_n,
     x_b,
     x_k,
     x_l,
@@ -273,11 +279,6 @@ def ssd_backward_kernel(
     a_k,
     skip_k,
     bias_k,
-    i_s,
-    i_k,
-    i_h,
-    i_p,
-    i_n,
     dx_b,
     dx_k,
     dd_b,
@@ -287,11 +288,10 @@ def ssd_backward_kernel(
     length,
     sequences,
     directions,
-    batch,
     chunks,
-    slots,
     SOFTPLUS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
     HEADS: tl.constexpr,
@@ -302,21 +302,204 @@ def ssd_backward_kernel(
     NB: tl.constexpr,
     PB: tl.constexpr,
 ):
-    """Gradients of one chunk, for every ``slots``-th head of one group."""
+    """Gradients of x, dt and z in one chunk of one head, and what the chunk contributes to A, D and dt_bias."""
+    BLOCKS: tl.constexpr = (WIDTH + PB - 1) // PB
+    EXACT_P: tl.constexpr = WIDTH % PB == 0
+    EXACT_N: tl.constexpr = STATES == NB
+    pid = tl.program_id(0)
+    head = pid % HEADS
+    pid = pid // HEADS
+    k = (pid % directions).to(tl.int64)
+    work = pid // directions
+    chunk = work % chunks
+    s = (work // chunks).to(tl.int64)
+    group = head // GROUP_HEADS
+    n = tl.arange(0, NB)
+    i = tl.arange(0, CHUNK)
+    row_batch = s
+    if borders is None:
+        first = tl.full([], 0, tl.int32)
+        end = length
+    else:
+        row_batch = s * 0
+        first = tl.load(first_steps + k * sequences + s)
+        end = first + tl.load(borders + s + 1) - tl.load(borders + s)
+    limit = length
+    if lengths is not None:
+        limit = tl.load(lengths + s)
+    order = orders
+    if orders is not None:
+        order = orders + k * length
+    step = tl.maximum(chunk * CHUNK, first) + i
+    inside = step < tl.minimum((chunk + 1) * CHUNK, end)
+    whole = chunk * CHUNK >= first  # else the sequence starts inside this chunk
+    full = (chunk + 1) * CHUNK <= end  # else it ends here
+    row, live = visited(order, step, inside, limit, WIDE)
+    b_at = b + shifted(row_batch * b_b + k * b_k + group * b_g, ALIGNED)
+    c_at = c + shifted(row_batch * c_b + k * c_k + group * c_g, ALIGNED)
+    bs = load_rows(b_at, row, live, b_l, n, b_n, STATES, EXACT_N)
+    cs = load_rows(c_at, row, live, c_l, n, c_n, STATES, EXACT_N)
+    a_h = tl.load(a + k * a_k + head)
+    raw = tl.load(dt + row_batch * d_b + k * d_k + head * d_h + row * d_l, mask=live, other=0.0).to(tl.float32)
+    if bias is not None:
+        raw = raw + tl.load(bias + k * bias_k + head)
+    dts = raw
+    if SOFTPLUS:
+        dts = softplus(raw)
+    dts = tl.where(live, dts, 0.0)
+    skip_h = 0.0
+    if skip is not None:
+        skip_h = tl.load(skip + k * skip_k + head)
+    coarse, fine = exponent_sums(dts, a_h * LOG2E)
+    coarse_end, fine_end = last_of(coarse, CHUNK), last_of(fine, CHUNK)
+    from_start = tl.exp2(coarse + fine)
+    to_end = tl.exp2((coarse_end - coarse) + (fine_end - fine))
+    m = product(cs, tl.trans(bs), tl.zeros([CHUNK, CHUNK], tl.float32), HALF, PRECISION)
+    m = m * decay_between(coarse, fine, CHUNK)
+    pairs = tl.zeros([CHUNK, CHUNK], tl.float32)
+    dstep = tl.zeros([CHUNK], tl.float32)
+    entered = tl.zeros([CHUNK], tl.float32)
+    left = tl.zeros([CHUNK], tl.float32)
+    passed = tl.full([], 0.0, tl.float32)
+    skipped = tl.full([], 0.0, tl.float32)
+    kept = (((row_batch * directions + k) * chunks + chunk) * HEADS + head) * (STATES * WIDTH)
+    ends = ((s * directions + k) * HEADS + head) * (STATES * WIDTH)
+    x_at = x + shifted(row_batch * x_b + k * x_k + head * x_h, ALIGNED)
+    g_at = grad + shifted(row_batch * g_b + k * g_k + head * g_h, ALIGNED)
+    for block in range(BLOCKS):
+        p = block * PB + tl.arange(0, PB)
+        h = state_before(saved + kept, initial, ends, n, p, whole, borders is not None, WIDTH, STATES)
+        xs = load_rows(x_at, row, live, x_l, p, x_p, WIDTH, EXACT_P).to(tl.float32)
+        dy = load_rows(g_at, row, live, g_l, p, g_p, WIDTH, EXACT_P).to(tl.float32)
+        u = xs * dts[:, None]
+        cs = load_rows(c_at, row, live, c_l, n, c_n, STATES, EXACT_N)  # again: kept, it would crowd others out
+        into = product(cs, h, tl.zeros([CHUNK, PB], tl.float32), HALF, PRECISION) * from_start[:, None]
+        if z is not None:
+            y = product(m, u, into, HALF, PRECISION) + xs * skip_h
+            z_at = z + shifted(row_batch * z_b + k * z_k + head * z_h, ALIGNED)
+            gate = load_rows(z_at, row, live, z_l, p, z_p, WIDTH, EXACT_P).to(tl.float32)
+            opening = sigmoid(gate)
+            dz_at = dz + row_batch * dz_b + k * dz_k + head * WIDTH
+            y = dy * y * opening * (1.0 + gate * (1.0 - opening))
+            store_rows(dz_at, row, inside, HEADS * WIDTH, p, y, WIDTH, EXACT_P)
+            dy = dy * gate * opening
+        entered += tl.sum(into * dy, 1)
+        skipped += tl.sum(tl.sum(xs * dy, 0), 0)
+        pairs = product(dy, tl.trans(u), pairs, HALF, PRECISION)
+        dh = state_after(adjoints + kept, grad_last, ends, n, p, full, WIDTH, STATES)
+        du = product(bs, dh, tl.zeros([CHUNK, PB], tl.float32), HALF, PRECISION) * to_end[:, None]
+        left += tl.sum(du * u, 1)
+        h = state_before(saved + kept, initial, ends, n, p, whole, borders is not None, WIDTH, STATES)
+        passed += tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), 0), 0)
+        du = product(tl.trans(m), dy, du, HALF, PRECISION)
+        dstep += tl.sum(xs * du, 1)
+        dx_at = dx + row_batch * dx_b + k * dx_k + head * WIDTH
+        store_rows(dx_at, row, inside, HEADS * WIDTH, p, du * dts[:, None] + dy * skip_h, WIDTH, EXACT_P)
+    # Exponent r takes part in every pair s < r <= t, in what enters at or behind it and in what leaves before it.
+    crossing = tl.where(i[:, None] > i[None, :], m * pairs, 0.0)
+    crossing = crossing + tl.where(i[:, None] == CHUNK - 1, left[None, :], 0.0)
+    earlier = (i[:, None] < i[None, :]).to(tl.float32)
+    crossing = product(crossing, earlier, tl.zeros([CHUNK, CHUNK], tl.float32), HALF, PRECISION)
+    dexponent = tl.sum(tl.where(i[:, None] >= i[None, :], crossing, 0.0), 0)
+    dexponent = dexponent + tl.cumsum(entered, 0, reverse=True) + passed * tl.exp2(coarse_end + fine_end)
+    dstep = dstep + a_h * dexponent
+    if SOFTPLUS:
+        dstep = dstep * sigmoid(raw)
+    dstep = tl.where(live, dstep, 0.0)
+    ddt_at = ddt + row_batch * dd_b + k * dd_k + head
+    tl.store(ddt_at + row * HEADS, dstep.to(ddt.dtype.element_ty), mask=inside)
+    place = (work * directions + k) * HEADS + head
+    tl.store(da + place, tl.sum(tl.where(live, dexponent, 0.0) * dts, 0))
+    if bias is not None:
+        tl.store(dbias + place, tl.sum(dstep, 0))
+    if skip is not None:
+        tl.store(dskip + place, skipped)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def ssd_maps_kernel(
+    grad,
+    grad_last,
+    saved,
+    adjoints,
+    x,
+    dt,
+    a,
+    b,
+    c,
+    z,
+    bias,
+    orders,
+    initial,
+    lengths,
+    first_steps,
+    borders,
+    db,
+    dc,
+    g_b,
+    g_k,
+    g_l,
+    g_h,
+    g_p,
+    x_b,
+    x_k,
+    x_l,
+    x_h,
+    x_p,
+    d_b,
+    d_k,
+    d_l,
+    d_h,
+    z_b,
+    z_k,
+    z_l,
+    z_h,
+    z_p,
+    b_b,
+    b_k,
+    b_l,
+    b_g,
+    b_n,
+    c_b,
+    c_k,
+    c_l,
+    c_g,
+    c_n,
+    a_k,
+    bias_k,
+    length,
+    sequences,
+    directions,
+    batch,
+    chunks,
+    slots,
+    SOFTPLUS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    HALF: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STATES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    NB: tl.constexpr,
+    PB: tl.constexpr,
+):
+    """Gradients of B and C in one chunk, from every ``slots``-th head of one group."""
     BLOCKS: tl.constexpr = (WIDTH + PB - 1) // PB
     GROUPS: tl.constexpr = HEADS // GROUP_HEADS
     EXACT_P: tl.constexpr = WIDTH % PB == 0
     EXACT_N: tl.constexpr = STATES == NB
-    TILE: tl.constexpr = STATES * WIDTH
     pid = tl.program_id(0)
-    slot = (pid % slots).to(tl.int64)
+    slot = pid % slots
     pid = pid // slots
     group = pid % GROUPS
     pid = pid // GROUPS
     k = (pid % directions).to(tl.int64)
-    work = (pid // directions).to(tl.int64)
+    work = pid // directions
     chunk = work % chunks
-    s = work // chunks
+    s = (work // chunks).to(tl.int64)
     n = tl.arange(0, NB)
     i = tl.arange(0, CHUNK)
     row_batch = s
@@ -324,7 +507,7 @@ def ssd_backward_kernel(
     if borders is None:
         first = tl.full([], 0, tl.int32)
         end = length
-    else:  # chunks that a packed sequence does not touch are left out
+    else:
         row_batch = s * 0
         first = tl.load(first_steps + k * sequences + s)
         end = first + tl.load(borders + s + 1) - tl.load(borders + s)
@@ -340,104 +523,47 @@ def ssd_backward_kernel(
     inside = step < tl.minimum((chunk + 1) * CHUNK, end)
     whole = chunk * CHUNK >= first  # else the sequence starts inside this chunk
     full = (chunk + 1) * CHUNK <= end  # else it ends here
-    row, live = visited(order, step, inside, limit)
-
+    row, live = visited(order, step, inside, limit, WIDE)
     b_at = b + shifted(row_batch * b_b + k * b_k + group * b_g, ALIGNED)
     c_at = c + shifted(row_batch * c_b + k * c_k + group * c_g, ALIGNED)
     bs = load_rows(b_at, row, live, b_l, n, b_n, STATES, EXACT_N)
     cs = load_rows(c_at, row, live, c_l, n, c_n, STATES, EXACT_N)
-    scores = product(cs, tl.trans(bs), tl.zeros([CHUNK, CHUNK], tl.float32), HALF, PRECISION)
-    later = (i[:, None] < i[None, :]).to(tl.float32)
     dscores = tl.zeros([CHUNK, CHUNK], tl.float32)
     db_sum = tl.zeros([CHUNK, NB], tl.float32)
     dc_sum = tl.zeros([CHUNK, NB], tl.float32)
-    for index in range(slot.to(tl.int32), heads_here, slots):
+    for index in range(slot, heads_here, slots):
         head = group * GROUP_HEADS + index
-        a_h = tl.load(a + k * a_k + head)
-        raw = tl.load(dt + row_batch * d_b + k * d_k + head * d_h + row * d_l, mask=live, other=0.0).to(tl.float32)
+        dts = tl.load(dt + row_batch * d_b + k * d_k + head * d_h + row * d_l, mask=live, other=0.0).to(tl.float32)
         if bias is not None:
-            raw = raw + tl.load(bias + k * bias_k + head)
-        dts = raw
+            dts = dts + tl.load(bias + k * bias_k + head)
         if SOFTPLUS:
-            dts = softplus(raw)
+            dts = softplus(dts)
         dts = tl.where(live, dts, 0.0)
-        skip_h = 0.0
-        if skip is not None:
-            skip_h = tl.load(skip + k * skip_k + head)
-        coarse, fine = exponent_sums(dts, a_h * LOG2E)
+        coarse, fine = exponent_sums(dts, tl.load(a + k * a_k + head) * LOG2E)
         coarse_end, fine_end = last_of(coarse, CHUNK), last_of(fine, CHUNK)
         from_start = tl.exp2(coarse + fine)
         to_end = tl.exp2((coarse_end - coarse) + (fine_end - fine))
-        between = decay_between(coarse, fine, CHUNK)
-        m = scores * between
         pairs = tl.zeros([CHUNK, CHUNK], tl.float32)
-        dstep = tl.zeros([CHUNK], tl.float32)
-        entered = tl.zeros([CHUNK], tl.float32)
-        left = tl.zeros([CHUNK], tl.float32)
-        passed = tl.zeros([PB], tl.float32)
-        skipped = tl.zeros([PB], tl.float32)
-        kept = (((row_batch * directions + k) * chunks + chunk) * HEADS + head) * TILE
+        kept = (((row_batch * directions + k) * chunks + chunk) * HEADS + head) * (STATES * WIDTH)
+        ends = ((s * directions + k) * HEADS + head) * (STATES * WIDTH)
+        x_at = x + shifted(row_batch * x_b + k * x_k + head * x_h, ALIGNED)
+        g_at = grad + shifted(row_batch * g_b + k * g_k + head * g_h, ALIGNED)
         for block in range(BLOCKS):
             p = block * PB + tl.arange(0, PB)
-            state_mask = (n < STATES)[:, None] & (p < WIDTH)[None, :]
-            own = kept + state_offsets(n, p, WIDTH, 1)
-            h = tl.load(saved + own, mask=state_mask & whole, other=0.0)
-            if (borders is not None) & (initial is not None):
-                start_at = initial + s * i_s + k * i_k + head * i_h + state_offsets(n, p, i_n, i_p)
-                h = h + tl.load(start_at, mask=state_mask & (chunk * CHUNK < first), other=0.0).to(tl.float32)
-            dh = tl.load(adjoints + own, mask=state_mask & full, other=0.0)
-            if grad_last is not None:
-                last_at = grad_last + s * gl_s + k * gl_k + head * gl_h + state_offsets(n, p, gl_n, gl_p)
-                dh = dh + tl.load(last_at, mask=state_mask & ((chunk + 1) * CHUNK > end), other=0.0).to(tl.float32)
-            x_at = x + shifted(row_batch * x_b + k * x_k + head * x_h, ALIGNED)
-            g_at = grad + shifted(row_batch * g_b + k * g_k + head * g_h, ALIGNED)
-            xs = load_rows(x_at, row, live, x_l, p, x_p, WIDTH, EXACT_P).to(tl.float32)
+            u = load_rows(x_at, row, live, x_l, p, x_p, WIDTH, EXACT_P).to(tl.float32) * dts[:, None]
+            dh = state_after(adjoints + kept, grad_last, ends, n, p, full, WIDTH, STATES)
+            db_sum = product(u * to_end[:, None], tl.trans(dh), db_sum, HALF, PRECISION)
             dy = load_rows(g_at, row, live, g_l, p, g_p, WIDTH, EXACT_P).to(tl.float32)
-            u = xs * dts[:, None]
-            into = product(cs, h, tl.zeros([CHUNK, PB], tl.float32), HALF, PRECISION) * from_start[:, None]
             if z is not None:
-                y = product(m, u, into, HALF, PRECISION) + xs * skip_h
                 z_at = z + shifted(row_batch * z_b + k * z_k + head * z_h, ALIGNED)
                 gate = load_rows(z_at, row, live, z_l, p, z_p, WIDTH, EXACT_P).to(tl.float32)
-                opening = sigmoid(gate)
-                slope = opening * (1.0 + gate * (1.0 - opening))
-                dz_at = dz + row_batch * dz_b + k * dz_k + head * WIDTH
-                store_rows(dz_at, row, inside, HEADS * WIDTH, p, dy * y * slope, WIDTH, EXACT_P)
-                dy = dy * gate * opening
-            out_of = product(bs, dh, tl.zeros([CHUNK, PB], tl.float32), HALF, PRECISION) * to_end[:, None]
-            du = product(tl.trans(m), dy, out_of, HALF, PRECISION)
-            pairs = product(dy, tl.trans(u), pairs, HALF, PRECISION)
+                dy = dy * gate * sigmoid(gate)
+            h = state_before(saved + kept, initial, ends, n, p, whole, borders is not None, WIDTH, STATES)
             dc_sum = product(dy * from_start[:, None], tl.trans(h), dc_sum, HALF, PRECISION)
-            db_sum = product(u * to_end[:, None], tl.trans(dh), db_sum, HALF, PRECISION)
-            entered = entered + tl.sum(into * dy, 1)
-            left = left + tl.sum(out_of * u, 1)
-            dstep = dstep + tl.sum(xs * du, 1)
-            passed = passed + tl.sum(h * dh, 0)
-            skipped = skipped + tl.sum(xs * dy, 0)
-            dx_at = dx + row_batch * dx_b + k * dx_k + head * WIDTH
-            store_rows(dx_at, row, inside, HEADS * WIDTH, p, du * dts[:, None] + dy * skip_h, WIDTH, EXACT_P)
-        dscores = dscores + between * pairs
-        # Exponent r takes part in every pair s < r <= t, in what enters behind it and in what leaves before it.
-        crossing = tl.where(i[:, None] > i[None, :], m * pairs, 0.0)
-        crossing = crossing + tl.where(i[:, None] == CHUNK - 1, left[None, :], 0.0)
-        crossing = product(crossing, later, tl.zeros([CHUNK, CHUNK], tl.float32), HALF, PRECISION)
-        dexponent = tl.sum(tl.where(i[:, None] >= i[None, :], crossing, 0.0), 0)
-        dexponent = dexponent + tl.cumsum(entered, 0, reverse=True)
-        dexponent = dexponent + tl.sum(passed, 0) * tl.exp2(coarse_end + fine_end)
-        dstep = dstep + a_h * dexponent
-        if SOFTPLUS:
-            dstep = dstep * sigmoid(raw)
-        dstep = tl.where(live, dstep, 0.0)
-        ddt_at = ddt + row_batch * dd_b + k * dd_k + head
-        tl.store(ddt_at + row * HEADS, dstep.to(ddt.dtype.element_ty), mask=inside)
-        place = (work * directions + k) * HEADS + head
-        tl.store(da + place, tl.sum(tl.where(live, dexponent, 0.0) * dts, 0))
-        if bias is not None:
-            tl.store(dbias + place, tl.sum(dstep, 0))
-        if skip is not None:
-            tl.store(dskip + place, tl.sum(skipped, 0))
+            pairs = product(dy, tl.trans(u), pairs, HALF, PRECISION)
+        dscores += decay_between(coarse, fine, CHUNK) * pairs
     db_sum = product(tl.trans(dscores), cs, db_sum, HALF, PRECISION)
     dc_sum = product(dscores, bs, dc_sum, HALF, PRECISION)
-    at = (((slot * batch + row_batch) * directions + k) * length * GROUPS + group) * STATES
+    at = (((slot.to(tl.int64) * batch + row_batch) * directions + k) * length * GROUPS + group) * STATES
     store_rows(db + at, row, inside, GROUPS * STATES, n, db_sum, STATES, EXACT_N)
     store_rows(dc + at, row, inside, GROUPS * STATES, n, dc_sum, STATES, EXACT_N)

@@ -75,14 +75,17 @@ def store_rows(base, row, inside, row_stride, column, value, SIZE: tl.constexpr,
 @triton.jit
 def state_offsets(n, p, n_stride, p_stride):
     """Offsets of an (NB, PB) tile."""
-    return n[:, None].to(tl.int64) * n_stride + p[None, :].to(tl.int64) * p_stride
+    return n[:, None] * n_stride + p[None, :] * p_stride
 
 
 @triton.jit
-def visited(orders, step, inside, limit):
+def visited(orders, step, inside, limit, WIDE: tl.constexpr):
     """(rows of the steps, which of them are live): inside the sequence and above the limit of valid rows."""
     if orders is None:
         row = step
     else:
         row = tl.load(orders + step, mask=inside, other=0)
-    return row.to(tl.int64), inside & (row < limit)
+    live = inside & (row < limit)
+    if WIDE:  # offsets inside one batch row pass 2^31
+        row = row.to(tl.int64)
+    return row, live

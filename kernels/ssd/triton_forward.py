@@ -40,9 +40,6 @@ _RUNTIME = [
     "bias_k",
     "o_b",
     "o_k",
-    "i_s",
-    "i_k",
-    "i_h",
     "length",
     "sequences",
     "directions",
@@ -100,11 +97,6 @@ def ssd_forward_kernel(
     bias_k,
     o_b,
     o_k,
-    i_s,
-    i_k,
-    i_h,
-    i_p,
-    i_n,
     length,
     sequences,
     directions,
@@ -114,6 +106,7 @@ def ssd_forward_kernel(
     SOFTPLUS: tl.constexpr,
     SEGMENTED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
     HEADS: tl.constexpr,
@@ -172,8 +165,8 @@ def ssd_forward_kernel(
         place = (sk * segments + segment) * HEADS + head
         h = tl.load(carry + place * (STATES * WIDTH) + own, mask=state_mask, other=0.0)
     elif initial is not None:
-        start_at = initial + s * i_s + k * i_k + head * i_h + state_offsets(n, p, i_n, i_p)
-        h = tl.load(start_at, mask=state_mask, other=0.0).to(tl.float32)
+        start_at = initial + (sk * HEADS + head) * (STATES * WIDTH) + state_offsets(n, p, 1, STATES)
+        h = tl.load(start_at, mask=state_mask, other=0.0)
     else:
         h = tl.zeros([NB, PB], tl.float32)
 
@@ -183,8 +176,9 @@ def ssd_forward_kernel(
         step = tl.maximum(chunk * CHUNK, first) + i
         inside = step < tl.minimum((chunk + 1) * CHUNK, end)
         whole = chunk * CHUNK >= first  # else a packed sequence starts inside this chunk
-        tl.store(kept_at + (tl.full([], 0, tl.int64) + chunk) * (HEADS * STATES * WIDTH), h, mask=state_mask & whole)
-        row, live = visited(order, step, inside, limit)
+        slot = kept_at + (tl.full([], 0, tl.int64) + chunk) * (HEADS * STATES * WIDTH)
+        tl.store(slot, h.to(saved.dtype.element_ty), mask=state_mask & whole)
+        row, live = visited(order, step, inside, limit, WIDE)
         raw = tl.load(d_at + row * d_l, mask=live, other=0.0).to(tl.float32) + bias_h
         dts = raw
         if SOFTPLUS:
@@ -249,6 +243,7 @@ def ssd_local_kernel(
     segment_chunks,
     SOFTPLUS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
     HEADS: tl.constexpr,
@@ -293,7 +288,7 @@ def ssd_local_kernel(
     high = tl.minimum(low + segment_chunks, tl.cdiv(length, CHUNK))
     for chunk in range(low, high):
         step = chunk * CHUNK + i
-        row, live = visited(order, step, step < length, limit)
+        row, live = visited(order, step, step < length, limit, WIDE)
         dts = tl.load(d_at + row * d_l, mask=live, other=0.0).to(tl.float32) + bias_h
         if SOFTPLUS:
             dts = softplus(dts)
@@ -312,17 +307,11 @@ def ssd_local_kernel(
     tl.store(decay + place, total)
 
 
-@triton.jit(do_not_specialize=["i_s", "i_k", "i_h", "directions", "segments"])
+@triton.jit(do_not_specialize=["segments"])
 def ssd_chain_kernel(
     carry,
     decay,
     seed,
-    i_s,
-    i_k,
-    i_h,
-    i_p,
-    i_n,
-    directions,
     segments,
     REVERSE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -337,9 +326,8 @@ def ssd_chain_kernel(
     mask = offset < STATES * WIDTH
     h = tl.zeros([BLOCK], tl.float32)
     if seed is not None:
-        at = (offset // WIDTH) * i_n + (offset % WIDTH) * i_p
-        start = seed + (sk // directions) * i_s + (sk % directions) * i_k + head * i_h
-        h = tl.load(start + at, mask=mask, other=0.0).to(tl.float32)
+        start = seed + (sk * HEADS + head) * (STATES * WIDTH)
+        h = tl.load(start + (offset // WIDTH) + (offset % WIDTH) * STATES, mask=mask, other=0.0)
     for j in range(segments):
         segment = j
         if REVERSE:

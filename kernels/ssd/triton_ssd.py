@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from genssm.kernels.ssd.reference import directions_of
-from genssm.kernels.ssd.triton_backward import ssd_adjoint_kernel, ssd_backward_kernel
+from genssm.kernels.ssd.triton_backward import ssd_adjoint_kernel, ssd_maps_kernel, ssd_tokens_kernel
 from genssm.kernels.ssd.triton_forward import ssd_chain_kernel, ssd_forward_kernel, ssd_local_kernel
-from genssm.kernels.triton_launch import device_of, first_steps, named, processors, refuse_double, strides
+from genssm.kernels.triton_launch import device_of, first_steps, named, processors, refuse_double, strides, wide
 
 _NAME = "ssd"
 _ENOUGH = 2  # programs per multiprocessor from which on time and heads are not split
 _WANTED = 4  # programs per multiprocessor to aim at when they are
 _CHAIN_BLOCK = 1024
+_WALK = (64, 16384)  # channels of a block and bytes of its state, in the kernels that walk along a sequence
+_CHUNK = (32, 8192)  # the same in the kernels of single chunks, which hold more tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Tile:
 
 def chunk_steps(states: int, half: bool) -> int:
     """Steps of a chunk: 64, fewer where the rows of B and C would leave no room for the rest."""
-    row = _power_of_two(states) * (2 if half else 4)
-    return 64 if row <= 256 else 32 if row <= 512 else 16
+    states = _power_of_two(states) * (1 if half else 2)
+    return 64 if states <= (128 if half else 64) else 32 if states <= 256 else 16
 
 
 def is_half(x: Tensor, B: Tensor, C: Tensor) -> bool:
@@ -41,13 +43,16 @@ def is_half(x: Tensor, B: Tensor, C: Tensor) -> bool:
     return all(t.dtype == torch.bfloat16 for t in (x, B, C))
 
 
-def saved_shape(
-    x: Tensor, B: Tensor, C: Tensor, directions: int, sequences: int
-) -> tuple[int, int, int, int, int, int]:
-    """Shape of the checkpoints: the state before every `chunk_steps` steps of each order, (Bt, K, chunks, H, N, P)."""
+def new_saved(x: Tensor, B: Tensor, C: Tensor, directions: int, sequences: int) -> Tensor:
+    """Room for the state before every `chunk_steps` steps of each order, (Bt, K, chunks, H, N, P).
+
+    In bfloat16 where the products take the states in it anyway.
+    """
     batch, _, length, heads, width = x.shape
-    chunk = chunk_steps(B.shape[-1], is_half(x, B, C))
-    return batch, directions, (length + chunk - 1) // chunk, heads, B.shape[-1], width
+    half = is_half(x, B, C)
+    chunk = chunk_steps(B.shape[-1], half)
+    sizes = (batch, directions, (length + chunk - 1) // chunk, heads, B.shape[-1], width)
+    return x.new_empty(sizes, dtype=torch.bfloat16 if half else torch.float32)
 
 
 def ssd_forward(
@@ -73,7 +78,7 @@ def ssd_forward(
     Args:
         segments: pieces that time is split into; None takes the built-in choice. For measurements.
     Returns:
-        The result, the last state and the checkpoints (`saved_shape`); see `genssm.kernels.ssd.op`.
+        The result, the last state and the checkpoints (`new_saved`); see `genssm.kernels.ssd.op`.
     Raises:
         ValueError: float64 inputs.
     """
@@ -82,7 +87,7 @@ def ssd_forward(
     states, groups = B.shape[-1], B.shape[3]
     directions = directions_of(orders, x, dt, A, B, C, D, z, dt_bias)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    saved = x.new_empty(saved_shape(x, B, C, directions, sequences), dtype=torch.float32)
+    saved = new_saved(x, B, C, directions, sequences)
     chunks = saved.shape[2]
     last = x.new_empty(sequences, directions, heads, width, states, dtype=torch.float32)
     out = x.new_empty((batch, length, heads, width) if reduce_sum else (batch, directions, length, heads, width))
@@ -91,11 +96,11 @@ def ssd_forward(
         target = x.new_empty((batch, directions, length, heads, width), dtype=torch.float32)
     if not sequences:
         return out, last, saved
-    tile = _tile(states, width, is_half(x, B, C), 8192)
+    tile = _tile(states, width, is_half(x, B, C), *_WALK)
     programs = -(-width // tile.PB) * heads * sequences * directions
     segments, segment_chunks = _split(programs, chunks, cu_seqlens, segments, x.device)
     with device_of(x):
-        a, skip, bias = A.float().contiguous(), _rows(D), _rows(dt_bias)
+        a, skip, bias, initial_state = (_dense(t) for t in (A, D, dt_bias, initial_state))
         arguments = {
             **_inputs(x, dt, a, B, C, z, bias, orders, lengths),
             **named("x", "bklhp", strides(x)),
@@ -106,6 +111,7 @@ def ssd_forward(
             "segment_chunks": segment_chunks,
             "SOFTPLUS": dt_softplus,
             "ALIGNED": _aligned(x, B, C, z),
+            "WIDE": wide(x, dt, B, C, z, out),
             **_constants(x, B, C, groups),
             **dataclasses.asdict(tile),
         }
@@ -114,7 +120,12 @@ def ssd_forward(
             carry = x.new_empty(sequences, directions, segments, heads, states, width, dtype=torch.float32)
             decay = x.new_empty(sequences, directions, segments, heads, dtype=torch.float32)
             ssd_local_kernel[(programs * segments,)](
-                **_only(ssd_local_kernel, arguments), x=x, b=B, carry=carry, decay=decay, **_options()
+                **_only(ssd_local_kernel, arguments),
+                x=x,
+                b=B,
+                carry=carry,
+                decay=decay,
+                **_options(tile.NB * tile.PB <= 1024),
             )
             _chain(carry, decay, initial_state, reverse=False)
         ssd_forward_kernel[(programs * segments,)](
@@ -129,14 +140,13 @@ def ssd_forward(
             out=target,
             last=last,
             saved=saved,
-            **named("i", "skhpn", strides(initial_state, 5)),
             skip_k=strides(skip, 2, directions=0)[0],
             o_b=target.stride(0),
             o_k=target.stride(1) if target.ndim == 5 else 0,
             sequences=sequences,
             chunks=chunks,
             SEGMENTED=segments > 1,
-            **_options(),
+            **_options(tile.NB * tile.PB <= 1024),
         )
     if target is not out:
         torch.sum(target, dim=1, out=out)
@@ -178,9 +188,8 @@ def ssd_backward(
     g = grad_out.unsqueeze(1) if reduce_sum else grad_out
     works = sequences * chunks
 
-    def new(*sizes: int) -> Tensor:  # packed sequences leave chunks out
-        allocate = x.new_empty if cu_seqlens is None else x.new_zeros
-        return allocate(sizes, dtype=torch.float32)
+    def new(*sizes: int) -> Tensor:
+        return x.new_empty(sizes, dtype=torch.float32)
 
     per_token = [_Summed(t, directions) for t in (x, dt, z)]
     slots = slots or _slots(works * directions * groups, heads // groups, x.device)
@@ -191,64 +200,67 @@ def ssd_backward(
         dinitial = x.new_empty(initial_state.shape, dtype=torch.float32)
     if sequences:
         half = is_half(x, B, C)
-        walk, tile = _tile(states, width, half, 8192), _tile(states, width, half, 4096)
+        walk, tile = _tile(states, width, half, *_WALK), _tile(states, width, half, *_CHUNK)
         programs = -(-width // walk.PB) * heads * sequences * directions
         segments, segment_chunks = _split(programs, chunks, cu_seqlens, segments, x.device)
         with device_of(x):
-            a, skip, bias = A.float().contiguous(), _rows(D), _rows(dt_bias)
+            given = (A, D, dt_bias, initial_state, grad_last_state)
+            a, skip, bias, start, grad_last = (_dense(t) for t in given)
             adjoints = torch.empty_like(saved)
             arguments = {
                 **_inputs(x, dt, a, B, C, z, bias, orders, lengths),
                 "grad": g,
-                "grad_last": grad_last_state,
+                "grad_last": grad_last,
                 "adjoints": adjoints,
                 "first_steps": first_steps(orders, cu_seqlens, length, directions),
                 "borders": cu_seqlens,
                 **named("g", "bklhp", strides(g)),
-                **named("gl", "skhpn", strides(grad_last_state, 5)),
                 "length": length,
                 "sequences": sequences,
                 "directions": directions,
                 "chunks": chunks,
                 "SOFTPLUS": dt_softplus,
                 "ALIGNED": _aligned(x, B, C, z, g),
+                "WIDE": wide(x, dt, B, C, z, g, per_token[0].final, db),
                 **_constants(x, B, C, groups),
             }
             parts = {"segments": segments, "segment_chunks": segment_chunks, "dinitial": dinitial}
             parts.update(dataclasses.asdict(walk), SEGMENTED=segments > 1, carry=None, decay=None)
             if segments > 1:
-                parts["carry"] = x.new_empty(sequences, directions, segments, heads, states, width, dtype=torch.float32)
-                parts["decay"] = x.new_empty(sequences, directions, segments, heads, dtype=torch.float32)
+                parts["carry"] = new(sequences, directions, segments, heads, states, width)
+                parts["decay"] = new(sequences, directions, segments, heads)
                 grid = (programs * segments,)
-                ssd_adjoint_kernel[grid](**arguments, **parts, LOCAL=True, **_options())
-                _chain(parts["carry"], parts["decay"], grad_last_state, reverse=True)
-            ssd_adjoint_kernel[(programs * segments,)](**arguments, **parts, LOCAL=False, **_options())
-            ssd_backward_kernel[(works * directions * groups * slots,)](
-                **arguments,
+                ssd_adjoint_kernel[grid](**arguments, **parts, LOCAL=True, **_options(walk.NB * walk.PB <= 1024))
+                _chain(parts["carry"], parts["decay"], grad_last, reverse=True)
+            ssd_adjoint_kernel[(programs * segments,)](
+                **arguments, **parts, LOCAL=False, **_options(walk.NB * walk.PB <= 1024)
+            )
+            arguments.update(
                 saved=saved,
                 x=x,
                 b=B,
+                initial=start,
+                **named("x", "bklhp", strides(x)),
+                **named("b", "bklgn", strides(B)),
+                **dataclasses.asdict(tile),
+            )
+            ssd_tokens_kernel[(works * directions * heads,)](
+                **arguments,
                 skip=skip,
-                initial=initial_state,
                 dx=per_token[0].final,
                 ddt=per_token[1].final,
                 dz=per_token[2].final,
                 da=da,
-                db=db,
-                dc=dc,
                 dskip=dskip,
                 dbias=dbias,
-                **named("x", "bklhp", strides(x)),
-                **named("b", "bklgn", strides(B)),
-                **named("i", "skhpn", strides(initial_state, 5)),
                 skip_k=strides(skip, 2, directions=0)[0],
                 **named("dx", "bk", per_token[0].strides),
                 **named("dd", "bk", per_token[1].strides),
                 **named("dz", "bk", per_token[2].strides),
-                batch=batch,
-                slots=slots,
-                **dataclasses.asdict(tile),
-                **_options(warps=8),
+                **_options(),
+            )
+            ssd_maps_kernel[(works * directions * groups * slots,)](
+                **arguments, db=db, dc=dc, batch=batch, slots=slots, **_options()
             )
     dx, ddt, dz = (t.result() for t in per_token)
     dB, dC = (_sum(part.sum(0), t.shape[1], 1).to(t.dtype) for part, t in ((db, B), (dc, C)))
@@ -312,14 +324,19 @@ def _only(kernel, arguments: dict) -> dict:
     return {name: value for name, value in arguments.items() if name in kernel.arg_names}
 
 
-def _options(warps: int = 4) -> dict[str, int | bool]:
-    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+def _options(small: bool = False) -> dict[str, int | bool]:
+    """Eight warps where four would spill more; without a limit given, ptxas at times settles for 32 registers."""
+    options = {"num_warps": 4 if small else 8, "num_stages": 1, "enable_fp_fusion": True}
+    return options if torch.version.hip else {**options, "maxnreg": 255}
 
 
-def _tile(states: int, width: int, half: bool, elements: int) -> Tile:
-    """Blocks of channels such that a state has at most ``elements``; 16 is the least that a matrix product takes."""
+def _tile(states: int, width: int, half: bool, widest: int, room: int) -> Tile:
+    """Blocks of at most ``widest`` channels, whose states have at most ``room`` bytes as operands of a product.
+
+    16 is the least that a matrix product takes.
+    """
     padded = max(16, _power_of_two(states))
-    block = max(16, min(64, _power_of_two(width), elements // padded))
+    block = max(16, min(widest, _power_of_two(width), room // (padded * (2 if half else 4))))
     return Tile(chunk_steps(states, half), padded, block)
 
 
@@ -350,8 +367,6 @@ def _chain(carry: Tensor, decay: Tensor, seed: Tensor | None, reverse: bool) -> 
         carry=carry,
         decay=decay,
         seed=seed,
-        **named("i", "skhpn", strides(seed, 5)),
-        directions=directions,
         segments=segments,
         REVERSE=reverse,
         HEADS=heads,
@@ -366,7 +381,7 @@ def _sum(total: Tensor, own: int, dim: int) -> Tensor:
     return total.sum(dim, keepdim=True) if own < total.shape[dim] else total
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
+def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 

@@ -3,7 +3,8 @@
 ``python -m tests.golden FOLDER [FOLDER ...]`` (see :mod:`tests.golden.__main__`). A case is ``NAME.safetensors`` with
 ``NAME.json`` beside it; its ``model`` and ``kind`` there ("network" where none is named) pick the handler from
 :data:`HANDLERS`. Where no model is named, configuration and tensors show the kind: scan orders go to
-:mod:`tests.golden.scan_orders`, parts of networks to :mod:`tests.golden.dimsum`. File names mean nothing.
+:mod:`tests.golden.scan_orders`, parts of networks to :mod:`tests.golden.mamba2` and :mod:`tests.golden.dimsum`. File
+names mean nothing.
 """
 
 import hashlib
@@ -17,14 +18,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.golden import aim, dim, dimsum, scan_orders, zigma
+from tests.golden import aim, dim, dimsum, mamba2, scan_orders, zigma
 from tests.golden.checks import Check
 
 Handler = Callable[[Mapping[str, Any], dict[str, torch.Tensor]], Iterator[Check]]
 
 # model -> kind -> handler(what the JSON says, tensors)
 HANDLERS: dict[str | None, dict[str, Handler]] = {
-    None: dimsum.PARTS | aim.PARTS,
+    None: dimsum.PARTS | mamba2.PARTS | aim.PARTS,
     "aim": {"network": aim.network},
     "dim": {
         "network": dim.network,
@@ -55,7 +56,8 @@ class Case:
                 keys = list(file.keys())
             if scan_orders.recognises(keys):
                 return "scan orders"
-            return aim.kind_of_part(self.info, keys) or dimsum.kind_of_part(self.info, keys) or "unknown"
+            kind = mamba2.kind_of_part(keys) or aim.kind_of_part(keys)
+            return kind or dimsum.kind_of_part(self.info, keys) or "unknown"
         return self.info.get("kind") or "network"
 
 

@@ -266,7 +266,7 @@ PARTS: dict[str, Callable[[Info, Tensors], Iterator[Check]]] = {
 }
 
 
-def kind_of_part(info: Info, keys: Iterable[str]) -> str | None:
+def kind_of_part(keys: Iterable[str]) -> str | None:
     """Kind of a case that names no model, from the names of its tensors."""
     marks = {"w.decoder.conv_in.weight": "tokenizer", "in.z": "quantizer", "in.logits": "token filters"}
     keys = set(keys)

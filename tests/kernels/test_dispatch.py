@@ -125,6 +125,15 @@ def test_the_variable_leaves_float64_to_the_chunked_path(monkeypatch: pytest.Mon
     assert dispatch.resolve("op", "auto", torch.zeros(1, dtype=torch.float64)) == "chunked"
 
 
+def test_ssd_has_no_compiled_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="ssd has no compiled backend, only reference, chunked and triton"):
+        dispatch.resolve("ssd", "compiled", torch.zeros(1))
+    monkeypatch.setenv("GENSSM_BACKEND", "compiled")
+    assert dispatch.resolve("ssd", "auto", torch.zeros(1)) == "chunked"
+    with pytest.raises(ValueError, match="the compiled backend needs CPU tensors, got cuda"):
+        dispatch.resolve("ssd", "auto", Elsewhere("cuda"))
+
+
 # The compiled library
 
 

@@ -37,6 +37,11 @@ def test_parity_at_widths(backend: str, device: str, width: int) -> None:
     check_parity(ssd, ssd_problem, case, backend, device)
 
 
+def _products(backend: str, dtype: torch.dtype) -> float:
+    """Error of the products of matrices in Triton, which takes bfloat16 or TF32 where the inputs hold no more."""
+    return 0.0 if backend != "triton" else 1e-2 if dtype == torch.bfloat16 else 2e-3
+
+
 OPTIONS = {
     "bare": Case(without="D z dt_bias", softplus=False),
     "no gate": Case(without="z"),
@@ -85,13 +90,13 @@ def test_parity_of_options(backend: str, device: str, case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parity_in_half_precision(backend: str, device: str, dtype: torch.dtype) -> None:
     case = Case(length=65, channels=30, directions=2, order="both", own="A", initial=True)
-    check_parity(ssd, ssd_problem, case, backend, device, dtype)
+    check_parity(ssd, ssd_problem, case, backend, device, dtype, least=_products(backend, dtype))
 
 
 @fast
 def test_parity_of_mixed_types(backend: str, device: str) -> None:
     dtypes = {"x": torch.bfloat16, "dt": torch.float32, "B": torch.float16, "C": torch.bfloat16, "z": torch.float32}
-    check_parity(ssd, ssd_problem, Case(length=70), backend, device, dtypes)
+    check_parity(ssd, ssd_problem, Case(length=70), backend, device, dtypes, least=_products(backend, torch.float16))
 
 
 @fast
@@ -294,15 +299,6 @@ def test_strong_decay_stays_exact(backend: str, device: str, without: str) -> No
     found = run(ssd, problem, backend)
     for name in expected:
         assert rms_error(found[name], expected[name]) < 1e-5, name
-
-
-@fast
-def test_infinite_decay_forgets(backend: str, device: str) -> None:
-    problem = ssd_problem(Case(length=70, without="z D")).to(device, torch.float32)
-    problem.inputs["A"].data.fill_(-float("inf"))
-    found, _ = ssd(**problem.inputs, **problem.options, backend=backend)
-    expected = ssd(**{n: x.double() for n, x in problem.inputs.items()}, **problem.options, backend="reference")[0]
-    assert rms_error(found, expected) < 3e-6
 
 
 @fast

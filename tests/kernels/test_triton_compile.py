@@ -118,6 +118,41 @@ def scan_launches(
     return caught
 
 
+def ssd_launches(
+    states: int,
+    width: int = 64,
+    length: int = 130,
+    dtype: torch.dtype = torch.bfloat16,
+    without: str = "",
+    lengths: bool = False,
+    packed: bool = False,
+    **choices: int | None,
+) -> Caught:
+    """Launches of a forward and a backward pass along two orders, from initial states."""
+    from genssm.kernels.ssd import triton_backward, triton_forward, triton_ssd
+
+    batch, heads, directions = 1 if packed else 2, 2, 2
+    x, z = (torch.zeros(batch, 1, length, heads, width, dtype=dtype) for _ in range(2))
+    b, c = (torch.zeros(batch, 1, length, 1, states, dtype=dtype) for _ in range(2))
+    parameters = {name: torch.zeros(1, heads) for name in ("D", "z", "dt_bias")}
+    parameters["z"] = z
+    skip, gate, bias = (None if name in without.split() else t for name, t in parameters.items())
+    orders = torch.arange(length, dtype=torch.int32).expand(directions, length).contiguous()
+    cu_seqlens = torch.tensor([0, 10, length], dtype=torch.int32) if packed else None
+    start = None if "initial" in without.split() else torch.zeros(2, directions, heads, width, states)
+    valid = torch.full((batch,), length, dtype=torch.int32) if lengths else None
+    given = (x, torch.zeros(batch, 1, length, heads, dtype=dtype), torch.zeros(1, heads), b, c, skip, gate, bias)
+    given = (*given, "softplus" not in without.split(), None if "orders" in without.split() else orders)
+    given = (*given, start, valid, cu_seqlens, "orders" not in without.split())
+    with pytest.MonkeyPatch.context() as patch:
+        caught = Caught().of(patch, triton_forward.ssd_forward_kernel, triton_forward.ssd_local_kernel)
+        caught.of(patch, triton_forward.ssd_chain_kernel, triton_backward.ssd_adjoint_kernel)
+        caught.of(patch, triton_backward.ssd_tokens_kernel, triton_backward.ssd_maps_kernel)
+        out, last, saved = triton_ssd.ssd_forward(*given, **choices)
+        triton_ssd.ssd_backward(out, last if start is not None else None, saved, *given, **choices)
+    return caught
+
+
 def conv_launches(taps: int, channels: int = 128, packed: bool = False, initial: bool = False) -> Caught:
     """Launches of a forward and a backward pass."""
     from genssm.kernels.causal_conv1d import triton_conv
@@ -177,3 +212,39 @@ def test_registers_suffice() -> None:
     assert found["scan_backward_kernel"]["STACK"] <= 512
     for name in ("scan_forward_kernel", "conv_forward_kernel", "conv_backward_kernel"):
         assert found[name]["STACK"] <= 8
+
+
+@pytest.mark.parametrize("target", [TARGETS[i] for i in (0, 3, 4, 5, 7)], ids=lambda target: str(target[1]))
+def test_ssd_compiles_for_targets(target: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With short chunks, which take a fraction of the time."""
+    from genssm.kernels.ssd import triton_ssd
+
+    monkeypatch.setattr(triton_ssd, "chunk_steps", lambda states, half: 16)
+    each = {kernel.__name__: (kernel, arguments) for kernel, arguments in ssd_launches(16, width=16, segments=2)}
+    assert len(each) == 6
+    for kernel, arguments in each.values():
+        compile_for(kernel, arguments, target)
+
+
+SSD_OPTIONS = {
+    "bare": {"without": "D z dt_bias softplus orders initial", "dtype": torch.float32},
+    "packed": {"packed": True, "width": 21},
+    "lengths": {"lengths": True, "dtype": torch.float16, "segments": 2},
+}
+
+
+@pytest.mark.parametrize("options", SSD_OPTIONS.values(), ids=SSD_OPTIONS.keys())
+def test_ssd_options_compile(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    from genssm.kernels.ssd import triton_ssd
+
+    monkeypatch.setattr(triton_ssd, "chunk_steps", lambda states, half: 16)
+    for kernel, arguments in ssd_launches(3, **{"width": 16, **options}):
+        compile_for(kernel, arguments, ("cuda", 90, 32))
+
+
+@pytest.mark.parametrize(("states", "dtype"), [(128, torch.bfloat16), (256, torch.float32)])
+def test_ssd_fits(states: int, dtype: torch.dtype) -> None:
+    """At the size of the models and at the largest: shared memory (by `compile_for`) and few spills."""
+    for kernel, arguments in ssd_launches(states, length=70, dtype=dtype):
+        found = resources(compile_for(kernel, arguments, ("cuda", 90, 32)))
+        assert found["STACK"] <= 1024, (kernel.__name__, found)

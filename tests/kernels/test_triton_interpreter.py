@@ -17,9 +17,10 @@ import numpy
 import pytest
 import torch
 
-from tests.kernels.problems import Case, check_parity, conv_problem, scan_problem
+from tests.kernels.problems import Case, check_parity, conv_problem, scan_problem, ssd_problem
 
 EVERYTHING = "u delta A B C D z delta_bias"
+ALL_OF_SSD = "x dt A B C D z dt_bias"
 CASES: dict[str, dict[str, Case]] = {
     "scan options": {
         "bare, one token": Case(batch=1, length=1, channels=4, without="D z delta_bias", softplus=False),
@@ -45,6 +46,36 @@ CASES: dict[str, dict[str, Case]] = {
         "in turn": Case(batch=1, length=6, directions=3, order="random", initial=True),
         "blocks in turn": Case(batch=1, length=3, channels=70, states=2),
         "long offsets": Case(batch=1, length=5, directions=2, order="random", initial=True),
+    },
+    "ssd options": {
+        "bare, one token": Case(batch=1, length=1, channels=6, without="D z dt_bias", softplus=False),
+        "all": Case(length=5, channels=15, states=3, initial=True),
+        "bias without softplus": Case(batch=1, length=3, softplus=False, order="random"),
+        "all their own": Case(batch=1, length=6, directions=2, order="random", own=ALL_OF_SSD, reduce="none"),
+        "groups": Case(batch=1, length=4, channels=24, heads=6, groups=3, directions=2, own="B C", order="both"),
+        "own inputs, no orders": Case(batch=1, length=3, directions=2, own="x", initial=True),
+        "lengths": Case(batch=3, length=6, directions=2, order="random", lengths=(4, 6, 0), initial=True),
+    },
+    "ssd sizes": {
+        "wide heads": Case(batch=1, length=9, channels=210, states=17),
+        "256 states": Case(batch=1, length=20, channels=20, heads=2, states=256, initial=True),
+        "several chunks": Case(batch=1, length=140, channels=6, heads=2, initial=True, directions=2, order="random"),
+    },
+    "ssd paths": {
+        "packed": Case(
+            batch=1,
+            length=85,
+            channels=4,
+            heads=2,
+            cu_seqlens=(0, 0, 3, 64, 78, 85),
+            directions=2,
+            order="both",
+            initial=True,
+            own="A x",
+        ),
+        "ssd segments": Case(length=257, channels=4, heads=1, order="random", lengths=(200, 257), initial=True),
+        "ssd slots": Case(batch=1, length=66, channels=20, heads=10, groups=2),
+        "ssd long offsets": Case(batch=1, length=5, directions=2, order="random", initial=True),
     },
     "convolution": {
         "bare, one token": Case(batch=1, length=1, channels=3, without="bias", activation=None),
@@ -88,6 +119,7 @@ def test_parity_in_the_interpreter(group: str) -> None:
 def _force(name: str, patch: pytest.MonkeyPatch) -> None:
     """Take the path that a case is about, whatever its size."""
     from genssm.kernels.selective_scan import triton_scan
+    from genssm.kernels.ssd import triton_ssd
 
     if name == "segments":
         patch.setattr(triton_scan, "_ENOUGH", 10**6)
@@ -97,15 +129,22 @@ def _force(name: str, patch: pytest.MonkeyPatch) -> None:
     if name == "blocks in turn":
         patch.setattr(triton_scan, "_PARTIAL_BYTES", 0)
     if name == "long offsets":
-        patch.setattr(triton_scan, "_wide", lambda *tensors: True)
+        patch.setattr(triton_scan, "wide", lambda *tensors: True)
+    if name in ("ssd segments", "ssd slots"):
+        patch.setattr(triton_ssd, "_ENOUGH", 10**6)
+        patch.setattr(triton_ssd, "_WANTED", 16)
+    if name == "ssd long offsets":
+        patch.setattr(triton_ssd, "wide", lambda *tensors: True)
 
 
-def _outcome(name: str, case: Case, convolution: bool) -> str:
+def _outcome(name: str, case: Case, group: str) -> str:
     from genssm.kernels.causal_conv1d import causal_conv1d
     from genssm.kernels.selective_scan import selective_scan
+    from genssm.kernels.ssd import ssd
 
-    op, make = (causal_conv1d, conv_problem) if convolution else (selective_scan, scan_problem)
-    small = {"length": min(case.length, 3), "channels": 4} if name == "all" else None
+    ops = {"scan": (selective_scan, scan_problem), "ssd": (ssd, ssd_problem)}
+    op, make = ops.get(group.split()[0], (causal_conv1d, conv_problem))
+    small = {"length": min(case.length, 3), "channels": 6 if op is ssd else 4} if name == "all" else None
     try:
         with pytest.MonkeyPatch.context() as patch:
             _force(name, patch)
@@ -120,4 +159,4 @@ def _outcome(name: str, case: Case, convolution: bool) -> str:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     cases = CASES[sys.argv[1]]
-    print(json.dumps({name: _outcome(name, case, sys.argv[1] == "convolution") for name, case in cases.items()}))
+    print(json.dumps({name: _outcome(name, case, sys.argv[1]) for name, case in cases.items()}))
