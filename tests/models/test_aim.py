@@ -263,3 +263,21 @@ def test_errors() -> None:
     weights = published(make_model())
     with pytest.raises(ValueError, match="12 codes are no square"):
         load_published("aim", weights)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_groups": 2, "mlp_hidden": 100}, {"mixer": "mamba1"}], ids=str)
+def test_compiled_blocks_decode_the_same(changes: dict) -> None:
+    """Each block is one graph, its state updated inside."""
+    model = make_model(**changes)
+    inputs = inputs_of(model)
+    codes, results = inputs.pop("codes"), []
+    for compiled in (False, True):
+        if compiled:
+            torch._dynamo.reset()
+            model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+        cache = model.new_cache(2)
+        with torch.no_grad():
+            logits = [model(**inputs, cache=cache).logits]
+            logits += [model(codes[:, i : i + 1], cache=cache).logits for i in range(5)]
+        results.append(torch.cat(logits, dim=1))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
