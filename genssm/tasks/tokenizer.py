@@ -78,7 +78,8 @@ class TokenizerTraining(Task):
     def loss(self, model: nn.Module, batch: Tensors, numbers: Tensors) -> torch.Tensor:
         images = batch["pixel_values"]
         output = model(images)
-        self.seen.append((images, output.sample.detach().float(), output.latents.detach().float()))
+        if self.discriminator is not None or self.objective.restart_every:
+            self.seen.append((images, output.sample.detach().float(), output.latents.detach().float()))
         return self.objective.loss(images, output, self.discriminator if self._adversarial else None)  # (B,)
 
     def after_step(self, step: int) -> None:
@@ -86,7 +87,10 @@ class TokenizerTraining(Task):
             self._teach_discriminator()
         every = self.objective.restart_every
         if every and step % every == 0:
-            latents = gather(torch.cat([latents for _, _, latents in self.seen]))  # the same in every process
+            # The same in every process: what is dead, and what replaces it.
+            usage, latents = self.model.quantize.usage, torch.cat([latents for _, _, latents in self.seen])
+            usage.copy_(reduce(usage, "mean"))
+            latents = gather(latents)
             generator = generator_for(self.config.train.seed, "restart", step, device=latents.device)
             self.model.quantize.restart_dead_codes(latents, generator)
         self.seen.clear()

@@ -29,9 +29,7 @@ def _gradient_tolerance(info: Info) -> dict[str, float]:
 def given_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a user of the converter would have to say, because the weights do not show it."""
     ssm, tokens = config["ssm_options"], config["num_tokens"]
-    given = {"norm_eps": config["norm_eps"]}
-    if ssm["layer"] == "Mamba2":
-        given["ngroups"] = ssm["ngroups"]
+    given = {"norm_eps": config["norm_eps"], "ngroups": ssm.get("ngroups", 1)}
     if math.isqrt(tokens) ** 2 != tokens:
         given["sample_size"] = [1, tokens]
     return given
@@ -126,7 +124,9 @@ def label_to_image(info: Info, tensors: Tensors) -> Iterator[Check]:
     model, report = load_published("aim", published, given_arguments(config))
     yield equal("keys", str(report), NO_MISFIT)
     yield from _read_off(config, model)
-    tokenizer, report = load_published("vq", published, {"base_channels": config["tokenizer"]["base_channels"]})
+    about = config["tokenizer"]
+    shown = {"base_channels": about["base_channels"], "norm_num_groups": about.get("groups", 32)}
+    tokenizer, report = load_published("vq", published, shown)
     yield equal("keys of the tokenizer", str(report), NO_MISFIT)
     pipe = AutoregressiveImagePipeline(model, tokenizer)
     pipe.set_progress_bar_config(disable=True)
@@ -209,6 +209,7 @@ def quantizer(info: Info, tensors: Tensors) -> Iterator[Check]:
     model = VectorQuantizer(
         config["codebook_size"],
         config["codebook_dim"],
+        normalize=config.get("l2_normalised_codebook", True),
         commitment_weight=_stated(r"commit weight (\d[\d.]*\d)", purpose, 0.25),
         entropy_weight=_stated(r"weight (\d[\d.]*\d) here", purpose, 0.0),
         entropy_temperature=_stated(r"temperature (\d[\d.]*\d)", purpose, 0.01),
