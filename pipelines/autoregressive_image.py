@@ -77,7 +77,7 @@ class AutoregressiveImagePipeline(CodePipeline):
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent": the codes (B, T).
             return_dict: False returns a tuple.
             callback_on_step_end: called as ``callback(pipe, i, i, {"codes": ...})`` when code i is drawn; the codes
-                (B, T) are those so far and zeros. :meth:`preview` shows them.
+                (B, T) are those so far and zeros. :meth:`preview` shows them. They are read only.
             callback_on_step_end_tensor_inputs: names handed to it.
         Returns:
             An output with ``images``.

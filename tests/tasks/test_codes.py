@@ -109,22 +109,23 @@ def test_stored_codes_are_the_same_run(tokenizer: Path, tmp_path: Path) -> None:
 def test_tokenizer_with_discriminator_resumes_exactly(tmp_path: Path) -> None:
     """Discriminator, its optimiser, use of the codes and restarts go on as if nothing had happened."""
     given = (
-        "train.max_train_steps=12", "train.checkpointing_steps=6", "log.sample_every=0", "objective.restart_every=4",
-        "objective.adversarial_weight=0.1", "objective.adversarial_start=3", "train.gradient_accumulation_steps=2",
+        "train.max_train_steps=8", "train.checkpointing_steps=4", "log.sample_every=0", "objective.restart_every=3",
+        "objective.adversarial_weight=0.1", "objective.adversarial_start=2", "train.gradient_accumulation_steps=2",
     )  # fmt: skip
     straight = run_train("vq", tmp_path / "straight", *given)
-    resumed = run_train("vq", tmp_path / "resumed", *given, "train.max_train_steps=6")
+    resumed = run_train("vq", tmp_path / "resumed", *given, "train.max_train_steps=4")
     run_train("vq", resumed, *given)
-    assert largest_difference(weights(straight, 12), weights(resumed, 12)) == 0
-    states = [torch.load(run / "checkpoints" / "step_0000012" / "state.pt") for run in (straight, resumed)]
+    assert largest_difference(weights(straight, 8), weights(resumed, 8)) == 0
+    states = [torch.load(run / "checkpoints" / "step_0000008" / "state.pt") for run in (straight, resumed)]
     assert largest_difference(*(state["task"]["discriminator"] for state in states)) == 0
-    without = run_train("vq", tmp_path / "without", *given, "objective.adversarial_weight=0")
-    assert largest_difference(weights(straight, 12), weights(without, 12)) > 0
+    options = ("objective.adversarial_weight=0", "train.max_train_steps=4")
+    without = run_train("vq", tmp_path / "without", *given, *options)
+    assert largest_difference(weights(straight, 4), weights(without, 4)) > 0
 
 
 def test_tokenizer_trains_in_bfloat16(tmp_path: Path) -> None:
     run = run_train(
-        "vq", tmp_path / "run", "train.mixed_precision=bf16", "train.max_train_steps=20", "log.sample_every=0"
+        "vq", tmp_path / "run", "train.mixed_precision=bf16", "train.max_train_steps=5", "log.sample_every=0"
     )
     assert np.isfinite(metrics(run)[-1]["loss"])
 
