@@ -36,6 +36,6 @@ def mixer_options(
     return {"kind": mixer, **{name: value for name, value in given.items() if value is not None}, **options}
 
 
-def make_mixer(hidden_size: int, *, kind: str, **options: Any) -> Mamba | Mamba2:
+def make_mixer(hidden_size: int, *, kind: str = "mamba", **options: Any) -> Mamba | Mamba2:
     """A mixer for tokens of width ``hidden_size``; ``kind`` is a key of :data:`MIXERS`, the rest its own options."""
     return MIXERS[kind](hidden_size, **options)
