@@ -5,10 +5,10 @@ over and over. It does not depend on the batch size or on the number of processe
 ``accelerate launch`` or ``torchrun`` writes the same files, faster; and a broken-off one goes on where it stopped.
 """
 
+import genssm.threads  # isort: skip - before torch
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -189,8 +189,6 @@ def draw(pipe: DiffusionPipeline, files: list[Path], args: argparse.Namespace, s
 def main() -> None:
     """Load, draw what is missing, write files and the grid."""
     args = parse_args()
-    # Intel's matrix products: the same bits with any number of threads (read at the first product, costs nothing).
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     folder = resolve_pipeline(args.model)
     # accelerate joins processes on the CPU only when told that the CPU is meant.
     use_cpu = args.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()

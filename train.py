@@ -1,4 +1,4 @@
-"""Train a denoiser: read the run -> build it -> loop -> save.
+"""Train a model: read the run -> build it -> loop -> save.
 
     python train.py --config configs/zigma/digits.yaml train.max_train_steps=500
     accelerate launch --num_processes 4 train.py --config ...          (or torchrun)
@@ -19,30 +19,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 
 from genssm.config import RunConfig, describe_keys, dump_config, load_config
-from genssm.data import LatentDataset, build_dataset, cache_dataset
-from genssm.data.latents import check_vae, encode_images, load_vae
 from genssm.data.loading import Shares, Stream, training_batches
 from genssm.env import device_name, versions
 from genssm.errors import cli
 from genssm.layers import parameter_groups
-from genssm.models import MODELS
-from genssm.pipelines import ClassConditionalImagePipeline
+from genssm.tasks import Task, build_task
 from genssm.training.checkpoint import load_checkpoint, remove_old_checkpoints, save_checkpoint
-from genssm.training.checks import check_fit, check_numbers, claim_run_folder, flat_config
+from genssm.training.checks import check_numbers, claim_run_folder, flat_config
 from genssm.training.ema import EMA
 from genssm.training.guard import NonFiniteError, explain_nonfinite
 from genssm.training.logging import MetricsLog, logger, start_logging
-from genssm.training.memory import count_parameters, describe_run
+from genssm.training.memory import describe_run
 from genssm.training.model_card import write_model_card
-from genssm.training.objectives import build_objective
-from genssm.training.samples import draw_images, grid_columns, make_grid
 from genssm.training.seeding import generator_for, seed_globals
-from genssm.training.start import start_from
 from genssm.training.stop import StopRequest
-from genssm.values import check_arguments
 
 OVERFLOWS_IN_A_ROW = 50  # fp16: skipped steps after which the loss scale is not the reason
 
@@ -53,15 +47,11 @@ class Run:
 
     config: RunConfig
     accelerator: Accelerator
-    dataset: Any
-    objective: Any
-    vae: torch.nn.Module | None
-    model: torch.nn.Module  # the denoiser itself
     shares: Shares
-    item_shape: tuple[int, ...]  # of what the model sees
-    feed: Any = None  # the data set as training reads it, decoded into memory or not
-    pipeline: ClassConditionalImagePipeline | None = None
-    wrapped: torch.nn.Module | None = None  # the denoiser as accelerate runs it
+    task: Task
+    feed: Any = None  # the data set as training reads it
+    pipeline: DiffusionPipeline | None = None
+    wrapped: torch.nn.Module | None = None  # the model as accelerate runs it
     ema: EMA | None = None
     optimizer: Any = None
     lr_scheduler: Any = None
@@ -71,18 +61,8 @@ class Run:
         return Path(self.config.train.output_dir)
 
     @property
-    def encodes(self) -> bool:
-        return self.vae is not None and self.dataset.tensor_name == "pixel_values"
-
-
-@dataclass
-class Draws:
-    """The random numbers of one step, for the global batch."""
-
-    timesteps: torch.Tensor
-    noise: torch.Tensor
-    dropped: torch.Tensor | None  # which labels become the null class
-    vae_noise: torch.Tensor | None
+    def model(self) -> torch.nn.Module:
+        return self.task.model
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -101,32 +81,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def build(config: RunConfig, accelerator: Accelerator) -> Run:
-    """Data, objective and model of a run, checked against each other; the model still on the CPU."""
-    if config.model.name not in MODELS:
-        raise ValueError(f"model.name={config.model.name!r}: expected one of {', '.join(MODELS)}")
+    """A run, its parts checked against each other; the model still on the CPU."""
     train = config.train
     shares = Shares(
         train.train_batch_size, train.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index
     )
-    arguments = check_arguments(MODELS[config.model.name], config.model.args, "model.args")
-    dataset = build_dataset(config.data)
-    objective = build_objective(config.objective)
-    vae = load_vae(config.data.vae).to(accelerator.device) if config.data.vae else None
-    if vae is not None and isinstance(dataset, LatentDataset):
-        check_vae(dataset, vae)
-    seed_globals(train.seed, "init")
-    model = MODELS[config.model.name](**arguments)
-    run = Run(config, accelerator, dataset, objective, vae, model, shares, tuple(dataset.item_shape))
-    if run.encodes:
-        run.item_shape = tuple(encode_images(vae, torch.zeros(1, *run.item_shape, device=accelerator.device)).shape[1:])
-    decodes = vae is not None or not isinstance(dataset, LatentDataset)
-    check_fit(config, model, dataset, run.item_shape, decodes=decodes)
-    return run
+    return Run(config, accelerator, shares, build_task(config, accelerator.device))
 
 
 def prepare(run: Run) -> None:
     """Put the model on its device and give it an optimiser, a schedule, an average and a pipeline."""
-    config, accelerator, train = run.config, run.accelerator, run.config.train
+    accelerator, train = run.accelerator, run.config.train
     device = accelerator.device
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.tf32
@@ -147,11 +112,10 @@ def prepare(run: Run) -> None:
         course, optimizer, num_warmup_steps=train.lr_warmup_steps, num_training_steps=train.max_train_steps
     )
     run.ema = EMA(run.model, train.ema_decay) if train.ema_decay else None
-    names = list(run.dataset.class_names) if run.model.config.num_classes else None
-    run.pipeline = ClassConditionalImagePipeline(run.model, run.objective.scheduler(), run.vae, names)
+    run.pipeline = run.task.build_pipeline()
     run.pipeline.set_progress_bar_config(disable=True)
     run.wrapped, run.optimizer = accelerator.prepare(run.model, optimizer)
-    run.feed = cache_dataset(run.dataset, config.data.cache, device)
+    run.feed = run.task.feed()
 
 
 def resume(run: Run, checkpoint: Path | None) -> int:
@@ -164,39 +128,23 @@ def resume(run: Run, checkpoint: Path | None) -> int:
     if run.accelerator.scaler is not None and state["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     if run.ema is not None:
-        run.ema.load(type(run.model).from_pretrained(checkpoint / "pipeline", subfolder="denoiser"))
+        run.ema.load(run.task.saved_average(checkpoint / "pipeline"))
+    run.task.load_state_dict(state["task"])
     logger.info("resumed from %s", checkpoint)
     return state["step"]
 
 
-def draw_step(run: Run, step: int) -> Draws:
+def draw_step(run: Run, step: int) -> dict[str, torch.Tensor]:
     """The random numbers of a step: a function of the seed and the step, whatever the number of processes."""
-    batch, device = run.shares.batch_size, run.accelerator.device
-    generator = generator_for(run.config.train.seed, "noise", step, device=device)
-    shape = (batch, *run.item_shape)
-    timesteps = run.objective.sample_timesteps(batch, generator, device)
-    noise = torch.randn(shape, generator=generator, device=device)
-    probability = run.config.train.class_dropout_prob
-    dropped = torch.rand(batch, generator=generator, device=device) < probability if probability else None
-    vae_noise = torch.randn(shape, generator=generator, device=device) if run.encodes else None
-    return Draws(timesteps, noise, dropped, vae_noise)
+    generator = generator_for(run.config.train.seed, "noise", step, device=run.accelerator.device)
+    return run.task.random_numbers(run.shares.batch_size, generator)
 
 
-def part_loss(run: Run, model: torch.nn.Module, step: int, part: int, batch: dict, draws: Draws) -> torch.Tensor:
+def part_loss(run: Run, model: torch.nn.Module, step: int, part: int, batch: dict, draws: dict) -> torch.Tensor:
     """Mean loss of one process's part of a step."""
     own = run.shares.slice(part)
-    clean = batch[run.dataset.tensor_name]
-    if run.encodes:
-        clean = encode_images(run.vae, clean, draws.vae_noise[own])
-    condition = {}
-    if run.model.config.num_classes:
-        labels = batch["class_labels"]
-        if draws.dropped is not None:
-            labels = torch.where(draws.dropped[own], run.model.null_class_label, labels)
-        condition["class_labels"] = labels
     seed_globals(run.config.train.seed, "dropout", step, part, run.shares.rank)
-    loss = run.objective.loss(model, clean, noise=draws.noise[own], timesteps=draws.timesteps[own], **condition)
-    return loss.mean()
+    return run.task.loss(model, batch, {name: numbers[own] for name, numbers in draws.items()}).mean()
 
 
 def train(run: Run, start: int, stop: StopRequest, *, quiet: bool) -> int:
@@ -204,7 +152,7 @@ def train(run: Run, start: int, stop: StopRequest, *, quiet: bool) -> int:
     config, accelerator, shares = run.config.train, run.accelerator, run.shares
     batches = training_batches(
         run.feed,
-        Stream(len(run.dataset), config.seed),
+        Stream(len(run.task.dataset), config.seed),
         shares,
         first=start,
         last=config.max_train_steps,
@@ -261,7 +209,7 @@ def rates(run: Run, step: int, log: MetricsLog) -> dict[str, float]:
     """What is logged beside loss and gradient norm."""
     numbers = {
         "learning_rate": run.lr_scheduler.get_last_lr()[0],
-        "images_per_second": log.rate(step, run.shares.batch_size),
+        f"{run.task.unit}_per_second": log.rate(step, run.shares.batch_size),
     }
     if run.ema is not None:
         numbers["ema_decay"] = run.ema.decay_at(step)
@@ -270,7 +218,7 @@ def rates(run: Run, step: int, log: MetricsLog) -> dict[str, float]:
     return numbers
 
 
-def explain(run: Run, step: int, parts: list[dict], draws: Draws) -> str:
+def explain(run: Run, step: int, parts: list[dict], draws: dict) -> str:
     """Where the first non-finite number of a step comes from, and what to do."""
     for part, batch in enumerate(parts):
         reason = explain_nonfinite(
@@ -287,22 +235,12 @@ def explain(run: Run, step: int, parts: list[dict], draws: Draws) -> str:
 
 def sample(run: Run, step: int) -> Any:
     """Draw the grid, each process its share, and save it."""
-    log, classes = run.config.log, run.model.config.num_classes
     run.model.eval()
     with run.ema.applied() if run.ema is not None else nullcontext():
-        mine = draw_images(
-            run.pipeline,
-            log.num_samples,
-            classes,
-            first=run.shares.rank,
-            stride=run.shares.world,
-            seed=log.sample_seed,
-            num_inference_steps=log.num_inference_steps,
-            guidance_scale=log.guidance_scale,
-        )
+        mine = run.task.draw(run.pipeline, run.shares.rank, run.shares.world)
     run.model.train()
-    images = dict(gather_object(list(mine.items())))
-    grid = make_grid([images[i] for i in range(log.num_samples)], grid_columns(log.num_samples, classes))
+    pictures = dict(gather_object(list(mine.items())))
+    grid = run.task.arrange([pictures[i] for i in range(run.config.log.num_samples)])
     if run.accelerator.is_main_process:
         grid.save(run.path / "samples" / f"step_{step:07d}.png")
     return grid
@@ -317,20 +255,13 @@ def save(run: Run, step: int) -> None:
             "lr_scheduler": run.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "seed": run.config.train.seed,
+            "task": run.task.state_dict(),
         }
 
         def save_pipeline(folder: Path) -> None:
             with run.ema.applied() if run.ema is not None else nullcontext():
                 run.pipeline.save_pretrained(folder)
-            write_model_card(
-                folder,
-                run.config,
-                step=step,
-                pipeline=run.pipeline,
-                items=len(run.dataset),
-                parameters=count_parameters(run.model),
-                versions=versions(),
-            )
+            write_model_card(folder, run.task, step=step, pipeline=run.pipeline, versions=versions())
 
         checkpoint = save_checkpoint(run.path, step, run.model, state, save_pipeline)
         remove_old_checkpoints(run.path, run.config.train.checkpoints_total_limit)
@@ -340,7 +271,7 @@ def save(run: Run, step: int) -> None:
 
 def begin_folder(run: Run) -> None:
     """Files of the run folder that are written once."""
-    names = dict(enumerate(run.dataset.class_names))
+    names = dict(enumerate(run.task.dataset.class_names))
     (run.path / "labels.json").write_text(json.dumps(names, indent=1, ensure_ascii=False), encoding="utf-8")
     device = run.accelerator.device
     about = {"versions": versions(), "device": device_name(device), "processes": run.accelerator.num_processes}
@@ -365,15 +296,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(f"{accelerator.distributed_type} is not supported; use one process or data parallel processes")
     run = build(config, accelerator)
     if claim_run_folder(config, write=False) is None and config.train.init_from is not None:
-        start_from(run.model, config.train.init_from)
+        run.task.start_from(config.train.init_from)
     if args.dry_run:
         if accelerator.is_main_process:
-            print(dump_config(config) + "\n" + describe_run(run))
+            print(dump_config(config) + "\n" + describe_run(run.task, run.shares))
         return
     with accelerator.main_process_first():
         checkpoint = claim_run_folder(config, write=accelerator.is_main_process)
     start_logging(run.path if accelerator.is_main_process else None, quiet=args.quiet)
-    size = describe_run(run) if accelerator.is_main_process else ""
+    size = describe_run(run.task, run.shares) if accelerator.is_main_process else ""
     prepare(run)
     start = resume(run, checkpoint)
     if start >= config.train.max_train_steps:

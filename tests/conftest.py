@@ -1,5 +1,6 @@
 """Shared fixtures: where the golden tensors and the real data sets are, and which tests need an accelerator."""
 
+import genssm.threads  # noqa: F401  # isort: skip - before torch: processes that tests start must round like this one
 import os
 from pathlib import Path
 

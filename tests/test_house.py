@@ -25,6 +25,7 @@ PYTHON_FILES = [*PACKAGE_FILES, ROOT / "train.py", ROOT / "sample.py"]
 FLOORS = [
     {"train", "sample"},
     {"genssm.convert", "genssm.env"},
+    {"genssm.tasks"},
     {"genssm.metrics.fid"},  # draws its samples through a pipeline
     {"genssm.pipelines"},
     {"genssm.training", "genssm.data", "genssm.metrics"},

@@ -82,35 +82,32 @@ def estimate_memory(
     return parts | {"total": sum(parts.values())}
 
 
-def describe_run(run: Any) -> str:
+def describe_run(task: Any, shares: Any) -> str:
     """Size, length and memory of a run, before its model leaves the CPU.
 
     Args:
-        run: with ``config``, ``model``, ``objective``, ``dataset``, ``shares`` and ``item_shape`` as in ``train.py``.
+        task: :class:`genssm.tasks.Task`.
+        shares: :class:`genssm.data.loading.Shares`.
     """
-    train, shares = run.config.train, run.shares
-
-    def forward() -> torch.Tensor:
-        clean = torch.zeros(shares.piece, *run.item_shape)
-        labels = {"class_labels": torch.zeros(len(clean), dtype=torch.long)} if run.model.config.num_classes else {}
-        timesteps = torch.zeros(len(clean), dtype=run.objective.sample_timesteps(1).dtype)
-        return run.objective.loss(run.model, clean, noise=torch.zeros_like(clean), timesteps=timesteps, **labels).mean()
-
+    config, train = task.config, task.config.train
     half = None if train.mixed_precision == "no" else torch.bfloat16  # of the same size as float16
     memory = estimate_memory(
-        run.model.train(), forward, dtype=half, ema=train.ema_decay > 0, checkpointing=train.gradient_checkpointing
+        task.model.train(),
+        lambda: task.sketch(shares.piece).mean(),
+        dtype=half,
+        ema=train.ema_decay > 0,
+        checkpointing=train.gradient_checkpointing,
     )
     parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.items() if name != "total")
     seen = train.max_train_steps * train.train_batch_size
-    return "\n".join(
-        [
-            f"model       {type(run.model).__name__}, {count_parameters(run.model):,} parameters",
-            f"input       {run.item_shape}, {count_tokens(run.model, run.item_shape)} tokens",
-            f"data        {run.config.data.name}, {len(run.dataset):,} items, {run.dataset.num_classes} classes",
-            f"batch       {train.train_batch_size} = {shares.world} processes x {shares.parts} parts x {shares.piece}",
-            f"length      {train.max_train_steps:,} steps, {seen:,} images, {seen / len(run.dataset):.1f} epochs",
-            f"memory      about {memory['total'] / 2**20:,.0f} MiB per process ({parts})",
-            *([] if train.init_from is None else [f"start       the weights of {train.init_from}"]),
-            f"run folder  {run.path}",
-        ]
-    )
+    epochs = seen / len(task.dataset)
+    lines = {
+        "model": f"{type(task.model).__name__}, {count_parameters(task.model):,} parameters",
+        **task.describe(),
+        "batch": f"{train.train_batch_size} = {shares.world} processes x {shares.parts} parts x {shares.piece}",
+        "length": f"{train.max_train_steps:,} steps, {seen:,} {task.unit}, {epochs:.1f} epochs",
+        "memory": f"about {memory['total'] / 2**20:,.0f} MiB per process ({parts})",
+        **({} if train.init_from is None else {"start": f"the weights of {train.init_from}"}),
+        "run folder": config.train.output_dir,
+    }
+    return "\n".join(f"{title:<12}{text}" for title, text in lines.items())

@@ -3,18 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-from genssm.config import RunConfig, dump_config
+from genssm.config import dump_config
+from genssm.training.memory import count_parameters
 
 _CARD = """---
 library_name: diffusers
-pipeline_tag: unconditional-image-generation
+pipeline_tag: {tag}
 tags: [genssm, {model}, state-space-model, mamba]
 ---
 
 # {title}
 
-{article} {model} denoiser ({parameters:,} parameters), trained with genssm {version}
-on `{data}` ({items:,} items{classes}) for {step:,} steps of {batch} images ({images:,} seen).
+{subject} ({parameters:,} parameters), trained with genssm {version}
+on `{data}` ({items:,} items{classes}) for {step:,} steps of {batch} {unit} ({seen:,} seen).
 Weights: {weights}.
 
 ```python
@@ -22,18 +23,17 @@ import torch
 from genssm import {pipeline}
 
 pipe = {pipeline}.from_pretrained("THIS_FOLDER")
-images = pipe({call}generator=[torch.Generator().manual_seed(i) for i in range(4)], num_inference_steps={steps}).images
+{example}
 ```
 
 | | |
 |---|---|
-| objective | {objective}, predicts {prediction} |
-| scheduler saved here | {scheduler} |
+{facts}
 | precision in training | {precision} |
 | seed | {seed} |
 | versions | {versions} |
 
-**Limits.** No evaluation is part of this file: `python -m genssm.metrics.fid` measures samples and states its protocol.
+**Limits.** No evaluation is part of this file; the commands in `genssm.metrics` measure and state their protocol.
 What the model makes is bounded by its data; nothing was done to filter either.
 **Licence.** That of the training data and of the person who trained it; genssm sets none.
 
@@ -44,50 +44,39 @@ What the model makes is bounded by its data; nothing was done to filter either.
 """
 
 
-def write_model_card(
-    folder: Path,
-    config: RunConfig,
-    *,
-    step: int,
-    pipeline: Any,
-    items: int,
-    parameters: int,
-    versions: dict[str, str],
-) -> None:
+def write_model_card(folder: Path, task: Any, *, step: int, pipeline: Any, versions: dict[str, str]) -> None:
     """Write ``README.md`` into a pipeline folder.
 
     Args:
         folder: the pipeline folder.
-        config: the run.
+        task: :class:`genssm.tasks.Task` of the run.
         step: optimiser steps done.
         pipeline: what was saved.
-        items: length of the training data.
-        parameters: trained parameters.
         versions: versions of the packages in use.
     """
-    classes = len(pipeline.config.class_names or ())
+    config, card, classes = task.config, task.card(), task.dataset.num_classes
+    train = config.train
     shown = ("genssm", "torch", "diffusers", "accelerate", "triton")
     text = _CARD.format(
-        title=Path(config.train.output_dir).name,
-        article="A class-conditional" if classes else "An unconditional",
+        tag=card.tag,
+        title=Path(train.output_dir).name,
         model=config.model.name,
-        parameters=parameters,
+        subject=card.subject,
+        parameters=count_parameters(task.model),
         version=versions["genssm"],
         data=config.data.name,
-        items=items,
+        items=len(task.dataset),
         classes=f", {classes} classes" if classes else "",
         step=step,
-        batch=config.train.train_batch_size,
-        images=step * config.train.train_batch_size,
-        weights=f"exponential average, decay {config.train.ema_decay}" if config.train.ema_decay else "as trained",
+        batch=train.train_batch_size,
+        unit=task.unit,
+        seen=step * train.train_batch_size,
+        weights=f"exponential average, decay {train.ema_decay}" if train.ema_decay else "as trained",
         pipeline=type(pipeline).__name__,
-        call="[0, 1, 2, 3], " if classes >= 4 else "[0] * 4, " if classes else "num_images=4, ",
-        steps=config.log.num_inference_steps,
-        objective=config.objective.name,
-        prediction=config.objective.prediction_type,
-        scheduler=type(pipeline.scheduler).__name__,
-        precision=config.train.mixed_precision.replace("no", "float32"),
-        seed=config.train.seed,
+        example=card.example,
+        facts="\n".join(f"| {title} | {text} |" for title, text in card.facts.items()),
+        precision=train.mixed_precision.replace("no", "float32"),
+        seed=train.seed,
         versions=", ".join(f"{name} {versions[name]}" for name in shown if name in versions),
         config=dump_config(config),
     )

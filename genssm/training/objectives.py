@@ -26,7 +26,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class Objective(Protocol):
-    """What ``train.py`` needs of an objective."""
+    """What a denoising task needs of an objective."""
 
     prediction_type: str
 

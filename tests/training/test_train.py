@@ -23,6 +23,7 @@ import train
 from genssm.config import DataConfig, load_config
 from genssm.data.encode import encode_dataset
 from genssm.errors import cli
+from genssm.tasks import images
 from genssm.training.checkpoint import latest_checkpoint, list_checkpoints, resolve_pipeline
 from genssm.training.guard import NonFiniteError
 from genssm.training.logging import MetricsLog
@@ -193,7 +194,7 @@ def test_bf16_and_diffusion_objective(tmp_path: Path) -> None:
 def test_labels_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A share class_dropout_prob of all labels becomes the null class."""
     seen = []
-    build = train.build_objective
+    build = images.build_objective
 
     def spying(config: object) -> object:
         objective = build(config)
@@ -206,7 +207,7 @@ def test_labels_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         objective.loss = spy
         return objective
 
-    monkeypatch.setattr(train, "build_objective", spying)
+    monkeypatch.setattr(images, "build_objective", spying)
     run_train(tmp_path / "run", "train.class_dropout_prob=0.3", "data.cache=none")
     labels = torch.cat(seen[-STEPS:])  # the first calls measured the memory
     share = (labels == 10).float().mean().item()

@@ -1,0 +1,108 @@
+"""Denoisers of images: unconditional and class-conditional, in pixels or latents."""
+
+import torch
+from PIL import Image
+from torch import nn
+
+from genssm.config import RunConfig
+from genssm.data import LatentDataset, build_dataset
+from genssm.data.latents import check_vae, encode_images, load_vae
+from genssm.pipelines import ClassConditionalImagePipeline
+from genssm.tasks.base import Card, Task, Tensors
+from genssm.training.checks import check_fit
+from genssm.training.memory import count_tokens
+from genssm.training.objectives import build_objective
+from genssm.training.samples import draw_images, grid_columns
+
+
+class ImageDenoising(Task):
+    """Flow matching or diffusion of images, on the objectives of :mod:`genssm.training.objectives`."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+        self.dataset = build_dataset(config.data)
+        self.objective = build_objective(config.objective)
+        self.vae = load_vae(config.data.vae).to(device) if config.data.vae else None
+        stored = isinstance(self.dataset, LatentDataset)
+        if self.vae is not None and stored:
+            check_vae(self.dataset, self.vae)
+        self.model = self.build_model()
+        self.encodes = self.vae is not None and not stored  # images become latents while training
+        self.item_shape = tuple(self.dataset.item_shape)  # of what the model sees
+        if self.encodes:
+            self.item_shape = tuple(encode_images(self.vae, torch.zeros(1, *self.item_shape, device=device)).shape[1:])
+        check_fit(config, self.model, self.dataset, self.item_shape, decodes=self.vae is not None or not stored)
+        self.num_classes = self.model.config.num_classes
+
+    def random_numbers(self, count: int, generator: torch.Generator) -> Tensors:
+        shape = (count, *self.item_shape)
+        numbers = {
+            "timesteps": self.objective.sample_timesteps(count, generator, self.device),
+            "noise": torch.randn(shape, generator=generator, device=self.device),
+        }
+        if self.config.train.class_dropout_prob:
+            numbers["dropout"] = torch.rand(count, generator=generator, device=self.device)
+        if self.encodes:
+            numbers["vae_noise"] = torch.randn(shape, generator=generator, device=self.device)
+        return numbers
+
+    def loss(self, model: nn.Module, batch: Tensors, numbers: Tensors) -> torch.Tensor:
+        clean = batch[self.dataset.tensor_name]
+        if self.encodes:
+            clean = encode_images(self.vae, clean, numbers["vae_noise"])
+        condition = {}
+        if self.num_classes:
+            labels = batch["class_labels"]
+            if "dropout" in numbers:
+                dropped = numbers["dropout"] < self.config.train.class_dropout_prob
+                labels = torch.where(dropped, self.model.null_class_label, labels)
+            condition["class_labels"] = labels
+        return self.objective.loss(
+            model, clean, noise=numbers["noise"], timesteps=numbers["timesteps"], **condition
+        )  # (B,)
+
+    def sketch(self, count: int) -> torch.Tensor:
+        clean = torch.zeros(count, *self.item_shape)
+        labels = {"class_labels": torch.zeros(count, dtype=torch.long)} if self.num_classes else {}
+        timesteps = torch.zeros(count, dtype=self.objective.sample_timesteps(1).dtype)
+        return self.objective.loss(self.model, clean, noise=torch.zeros_like(clean), timesteps=timesteps, **labels)
+
+    def describe(self) -> dict[str, str]:
+        return {
+            "input": f"{self.item_shape}, {count_tokens(self.model, self.item_shape)} tokens",
+            "data": f"{self.config.data.name}, {len(self.dataset):,} items, {self.dataset.num_classes} classes",
+        }
+
+    def build_pipeline(self) -> ClassConditionalImagePipeline:
+        names = list(self.dataset.class_names) if self.num_classes else None
+        return ClassConditionalImagePipeline(self.model, self.objective.scheduler(), self.vae, names)
+
+    def card(self) -> Card:
+        classes, steps = self.num_classes, self.config.log.num_inference_steps
+        labels = "[0, 1, 2, 3], " if classes >= 4 else "[0] * 4, " if classes else "num_images=4, "
+        generators = "generator=[torch.Generator().manual_seed(i) for i in range(4)]"
+        return Card(
+            tag="unconditional-image-generation",
+            subject=f"{'A class-conditional' if classes else 'An unconditional'} {self.config.model.name} denoiser",
+            example=f"images = pipe({labels}{generators}, num_inference_steps={steps}).images",
+            facts={
+                "objective": f"{self.config.objective.name}, predicts {self.config.objective.prediction_type}",
+                "scheduler saved here": type(self.objective.scheduler()).__name__,
+            },
+        )
+
+    def draw(self, pipeline: ClassConditionalImagePipeline, first: int, stride: int) -> dict[int, Image.Image]:
+        log = self.config.log
+        return draw_images(
+            pipeline,
+            log.num_samples,
+            self.num_classes,
+            first=first,
+            stride=stride,
+            seed=log.sample_seed,
+            num_inference_steps=log.num_inference_steps,
+            guidance_scale=log.guidance_scale,
+        )
+
+    def columns(self, count: int) -> int:
+        return grid_columns(count, self.num_classes)
