@@ -13,6 +13,7 @@ from genssm.layers.embeddings import (
 )
 from genssm.layers.mamba import Mamba
 from genssm.layers.mamba2 import Mamba2
+from genssm.layers.mixers import make_mixer, mixer_options
 from genssm.layers.modulation import DropPath, LayerNorm, Modulation, RMSNorm, modulate, upcast
 from genssm.layers.outputs import DenoiserOutput, TokenOutput
 from genssm.layers.parameter_groups import parameter_groups
@@ -31,6 +32,8 @@ __all__ = [
     "RMSNorm",
     "TimestepEmbedding",
     "TokenOutput",
+    "make_mixer",
+    "mixer_options",
     "modulate",
     "parameter_groups",
     "resize_positions",

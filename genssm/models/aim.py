@@ -20,11 +20,11 @@ from genssm.layers import (
     ContextEmbedding,
     LabelEmbedding,
     LayerNorm,
-    Mamba,
-    Mamba2,
     Modulation,
     RMSNorm,
     TokenOutput,
+    make_mixer,
+    mixer_options,
     modulate,
     upcast,
 )
@@ -161,10 +161,10 @@ class AiM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         context_length: text tokens S before the codes; shorter texts are filled up with the null token.
         hidden_size: width D.
         num_layers: number of blocks.
-        mixer: "mamba2" or "mamba1".
+        mixer: "mamba2" or "mamba".
         d_state, d_conv, expand: sizes of the mixer.
-        headdim, ngroups: of Mamba-2, see :class:`genssm.layers.Mamba2`.
-        dt_rank: of Mamba-1, see :class:`genssm.layers.Mamba`.
+        headdim, ngroups: of mixer "mamba2", see :class:`genssm.layers.Mamba2`; None for its own.
+        dt_rank: of mixer "mamba", see :class:`genssm.layers.Mamba`.
         num_groups: groups whose layers share a projection of the condition (layer i is of group i mod num_groups) and
             add a table of their own; 0 gives each layer its own projection, 1 shares one among all.
         mlp_hidden: inner width of a gated MLP after each mixer, rounded up to a multiple of 128; 0 for none.
@@ -198,8 +198,8 @@ class AiM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         d_state: int = 128,
         d_conv: int = 4,
         expand: int = 2,
-        headdim: int = 64,
-        ngroups: int = 1,
+        headdim: int | None = None,
+        ngroups: int | None = None,
         dt_rank: int | str = "auto",
         num_groups: int = 0,
         mlp_hidden: int = 0,
@@ -209,9 +209,8 @@ class AiM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         tie_embeddings: bool = True,
     ) -> None:
         super().__init__()
-        for name, value, known in (("mixer", mixer, ("mamba1", "mamba2")), ("norm", norm, tuple(NORMS))):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
+        if norm not in NORMS:
+            raise ValueError(f"norm is {norm!r}; expected one of {', '.join(map(repr, NORMS))}")
         if position_offset not in (0, 1):
             raise ValueError(f"position_offset is {position_offset}; expected 0 or 1")
         self.gradient_checkpointing = False
@@ -223,18 +222,16 @@ class AiM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.label_embed = LabelEmbedding(num_classes, hidden_size)
         self.context_embed = ContextEmbedding(context_dim, context_length, hidden_size) if context_dim else None
 
-        sizes = {"d_state": d_state, "d_conv": d_conv, "expand": expand, "out_scale": num_layers**-0.5}
-        if mixer == "mamba2":
-            sizes |= {"headdim": headdim, "ngroups": ngroups, "norm_eps": norm_eps}
-        else:
-            sizes |= {"dt_rank": dt_rank}
-        make = Mamba2 if mixer == "mamba2" else Mamba
+        options = mixer_options(
+            mixer, dt_rank=dt_rank, headdim=headdim, ngroups=ngroups,
+            d_state=d_state, d_conv=d_conv, expand=expand, out_scale=num_layers**-0.5,
+        )  # fmt: skip
         count = 6 if mlp_hidden else 3
         self.group_modulation = Modulation(hidden_size, count * num_groups, zero=False) if num_groups else None
         self.blocks = nn.ModuleList(
             AiMBlock(
                 hidden_size,
-                make(hidden_size, **sizes),
+                make_mixer(hidden_size, **options),
                 mlp_hidden=mlp_hidden,
                 grouped=bool(num_groups),
                 norm=norm,
@@ -471,7 +468,7 @@ def aim_config_from_published(state_dict: Mapping[str, torch.Tensor], given: Map
         "num_classes": len(part["backbone.cls_embed.embedding_table.weight"]) - 1,
         "hidden_size": width,
         "num_layers": 1 + max(int(key.split(".")[2]) for key in part if key.startswith("backbone.layers.")),
-        "mixer": "mamba1" if "mixer.x_proj.weight" in layer else "mamba2",
+        "mixer": "mamba" if "mixer.x_proj.weight" in layer else "mamba2",
         "d_conv": layer["mixer.conv1d.weight"].shape[-1],
         "expand": inner // width,
         "mlp_hidden": layer["mlp.fc2.weight"].shape[1] if "mlp.fc2.weight" in layer else 0,
@@ -482,13 +479,13 @@ def aim_config_from_published(state_dict: Mapping[str, torch.Tensor], given: Map
     if "backbone.adaln_group.1.bias" in part:
         count = layer["scale_shift_table"].shape[1]
         config["num_groups"] = len(part["backbone.adaln_group.1.bias"]) // (count * width)
-    if config["mixer"] == "mamba1":
+    if config["mixer"] == "mamba":
         rank = layer["mixer.dt_proj.weight"].shape[1]
         config["d_state"] = layer["mixer.A_log"].shape[1]
         config["dt_rank"] = "auto" if rank == math.ceil(width / 16) else rank
     else:
         config["headdim"] = inner // len(layer["mixer.A_log"])
-        config["d_state"] = (len(layer["mixer.conv1d.weight"]) - inner) // (2 * given.get("ngroups", 1))
+        config["d_state"] = (len(layer["mixer.conv1d.weight"]) - inner) // (2 * (given.get("ngroups") or 1))
     tokens = len(part["backbone.embeddings.position_embeddings.weight"]) - 1
     if math.isqrt(tokens) ** 2 == tokens:
         config["sample_size"] = math.isqrt(tokens)

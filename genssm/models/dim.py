@@ -16,11 +16,12 @@ from torch import nn
 from genssm.layers import (
     DenoiserOutput,
     LabelEmbedding,
-    Mamba,
     Modulation,
     PatchEmbed,
     RMSNorm,
     TimestepEmbedding,
+    make_mixer,
+    mixer_options,
     modulate,
     resize_positions,
     sinusoidal_features,
@@ -68,7 +69,7 @@ class DiMBlock(nn.Module):
     Args:
         hidden_size: width D.
         skip_fusion: first join a long skip in this form, see :class:`LongSkip`; "none" for blocks without one.
-        mixer: options of :class:`genssm.layers.Mamba`.
+        mixer: what :func:`genssm.layers.make_mixer` takes.
     """
 
     def __init__(self, hidden_size: int, *, skip_fusion: str = "none", mixer: Mapping[str, Any]) -> None:
@@ -76,7 +77,7 @@ class DiMBlock(nn.Module):
         self.long_skip = None if skip_fusion == "none" else LongSkip(hidden_size, skip_fusion)
         self.norm = RMSNorm(hidden_size)
         self.table = nn.Parameter(torch.randn(3, hidden_size) * hidden_size**-0.5)
-        self.mixer = Mamba(hidden_size, **mixer)
+        self.mixer = make_mixer(hidden_size, **mixer)
         bound = mixer["d_conv"] ** -0.5
         nn.init.uniform_(self.mixer.conv1d.bias, -bound, bound)
 
@@ -136,7 +137,10 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         duplicate_condition_tokens: time, class, class, time in place of time, class.
         final_conv: a 3x3 convolution on the output image.
         learn_sigma: predict C more channels.
-        d_state, d_conv, expand, dt_rank: sizes of the mixers, see :class:`genssm.layers.Mamba`.
+        mixer: "mamba" (:class:`genssm.layers.Mamba`) or "mamba2" (:class:`genssm.layers.Mamba2`).
+        d_state, d_conv, expand: sizes of the mixers, see these classes.
+        dt_rank: of "mamba".
+        headdim, ngroups: of "mamba2"; None for its own defaults.
         time_convention: "diffusers": the network sees the timestep. "one_based": it sees timestep + 1, for DDPM-type
             schedules with noise levels 1..1000 (the published weights), whose levels diffusers counts from 0.
 
@@ -171,10 +175,13 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         duplicate_condition_tokens: bool = False,
         final_conv: bool = False,
         learn_sigma: bool = False,
+        mixer: str = "mamba",
         d_state: int = 16,
         d_conv: int = 3,
         expand: int = 2,
         dt_rank: int | str = "auto",
+        headdim: int | None = None,
+        ngroups: int | None = None,
         time_convention: str = "diffusers",
     ) -> None:
         super().__init__()
@@ -219,11 +226,14 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             self.conv_in = nn.Conv2d(hidden_size, hidden_size, **edge)
             self.conv_out = nn.Conv2d(hidden_size, hidden_size, **edge)
 
-        mixer = {
-            "d_state": d_state, "d_conv": d_conv, "expand": expand, "dt_rank": dt_rank, "out_scale": num_layers**-0.5,
-        }  # fmt: skip
+        mixer_of_blocks = mixer_options(
+            mixer, dt_rank=dt_rank, headdim=headdim, ngroups=ngroups,
+            d_state=d_state, d_conv=d_conv, expand=expand, out_scale=num_layers**-0.5,
+        )  # fmt: skip
         self.blocks = nn.ModuleList(
-            DiMBlock(hidden_size, skip_fusion=skip_fusion if layer >= self.first_skip else "none", mixer=mixer)
+            DiMBlock(
+                hidden_size, skip_fusion=skip_fusion if layer >= self.first_skip else "none", mixer=mixer_of_blocks
+            )
             for layer in range(num_layers)
         )
         self.norm_out = RMSNorm(hidden_size)

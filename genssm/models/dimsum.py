@@ -16,11 +16,12 @@ from genssm.layers import (
     DropPath,
     LabelEmbedding,
     LayerNorm,
-    Mamba,
     Modulation,
     PatchEmbed,
     RMSNorm,
     TimestepEmbedding,
+    make_mixer,
+    mixer_options,
     modulate,
     resize_positions,
     sincos_2d,
@@ -49,13 +50,13 @@ class Branch(nn.Module):
         conditioning_size: width D of the conditioning.
         cond_proj: own the released mixers' ``cond_proj``. Their code hands its result over as the output buffer of the
             convolution, which overwrites it, so it never had any effect, nor a gradient: kept frozen and unused.
-        mixer: options of :class:`genssm.layers.Mamba`.
+        mixer: what :func:`genssm.layers.make_mixer` takes.
     """
 
     def __init__(self, hidden_size: int, conditioning_size: int, *, cond_proj: bool, mixer: Mapping[str, Any]) -> None:
         super().__init__()
         self.modulation = Modulation(conditioning_size, 3, hidden_size, zero=False)
-        self.mixer = Mamba(hidden_size, **mixer)
+        self.mixer = make_mixer(hidden_size, **mixer)
         self.cond_proj = _cond_proj(conditioning_size, mixer["expand"] * hidden_size) if cond_proj else None
 
     def forward(self, x: torch.Tensor, conditioning: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -81,7 +82,7 @@ class DiMSUMBlock(nn.Module):
         swap_keys: see :class:`CrossFusion`.
         drop_path: probability of dropping the incoming ``x`` for a sample in training.
         cond_proj: see :class:`Branch`.
-        mixer: options of :class:`genssm.layers.Mamba`.
+        mixer: what :func:`genssm.layers.make_mixer` takes.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class DiMSUMLinearBlock(nn.Module):
         gated_mlp: gated or plain MLP.
         drop_path: probability of dropping the incoming ``x`` for a sample in training.
         cond_proj: see :class:`Branch`.
-        mixer: options of :class:`genssm.layers.Mamba`.
+        mixer: what :func:`genssm.layers.make_mixer` takes.
     """
 
     def __init__(
@@ -182,7 +183,7 @@ class DiMSUMLinearBlock(nn.Module):
         self.norm = NORMS[norm](hidden_size, 1e-5)
         self.transform = WaveletPacking(levels=2) if kind == "wave" else None
         self.modulation = Modulation(hidden_size, 3 if kind == "raw" else 6)
-        self.mixer = Mamba(hidden_size, **mixer)
+        self.mixer = make_mixer(hidden_size, **mixer)
         self.cond_proj = _cond_proj(hidden_size, mixer["expand"] * hidden_size) if cond_proj else None
         self.norm_2 = None if kind == "raw" else NORMS[norm](hidden_size, 1e-5)
         self.mlp = None if kind == "raw" else MLP(hidden_size, gated_mlp, mixer["out_scale"])
@@ -243,7 +244,10 @@ class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         learn_sigma: predict C more channels.
         final_norm: end on the normalised residual stream instead of the last block's output.
         norm: "rms" or "layer".
-        d_state, d_conv, expand, dt_rank: sizes of the mixers, see :class:`genssm.layers.Mamba`.
+        mixer: "mamba" (:class:`genssm.layers.Mamba`) or "mamba2" (:class:`genssm.layers.Mamba2`).
+        d_state, d_conv, expand: sizes of the mixers, see these classes.
+        dt_rank: of "mamba".
+        headdim, ngroups: of "mamba2"; None for its own defaults.
         drop_path: stochastic depth of the last block, rising linearly from 0 in the second.
         released_cond_proj: hold the dead ``cond_proj`` weights of released checkpoints, frozen and without effect.
         time_convention: "diffusers": the network sees timestep / 1000 and its output is the prediction.
@@ -282,10 +286,13 @@ class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         learn_sigma: bool = False,
         final_norm: bool = False,
         norm: str = "rms",
+        mixer: str = "mamba",
         d_state: int = 16,
         d_conv: int = 4,
         expand: int = 2,
         dt_rank: int | str = "auto",
+        headdim: int | None = None,
+        ngroups: int | None = None,
         drop_path: float = 0.1,
         released_cond_proj: bool = False,
         time_convention: str = "diffusers",
@@ -325,14 +332,15 @@ class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         options: dict[str, Any] = {"norm": norm, "gated_mlp": gated_mlp, "cond_proj": released_cond_proj}
         if block_type in COMBINED:
             options["swap_keys"] = swap_keys
-        mixer = {
-            "d_state": d_state, "d_conv": d_conv, "expand": expand, "dt_rank": dt_rank,
-            "bidirectional": scan == "bidirectional", "out_scale": out_scale,
-        }  # fmt: skip
+        mixer_of_blocks = mixer_options(
+            mixer, dt_rank=dt_rank, headdim=headdim, ngroups=ngroups, d_state=d_state, d_conv=d_conv, expand=expand,
+            bidirectional=scan == "bidirectional", out_scale=out_scale,
+        )  # fmt: skip
         block_class = DiMSUMBlock if block_type in COMBINED else DiMSUMLinearBlock
         rates = [0.0, *torch.linspace(0, drop_path, num_layers, device="cpu").tolist()]
         self.blocks = nn.ModuleList(
-            block_class(hidden_size, block_type, drop_path=rates[i], mixer=mixer, **options) for i in range(num_layers)
+            block_class(hidden_size, block_type, drop_path=rates[i], mixer=mixer_of_blocks, **options)
+            for i in range(num_layers)
         )
         uses = num_layers // attention_every if attention_every else 0
         self.attention_blocks = nn.ModuleList(

@@ -20,11 +20,12 @@ from genssm.layers import (
     DropPath,
     LabelEmbedding,
     LayerNorm,
-    Mamba,
     Modulation,
     PatchEmbed,
     RMSNorm,
     TimestepEmbedding,
+    make_mixer,
+    mixer_options,
     modulate,
     resize_positions,
     sincos_2d,
@@ -50,7 +51,7 @@ class ZigMaBlock(nn.Module):
         drop_path: probability of dropping the block for a sample in training.
         norm: "rms" or "layer".
         norm_eps: eps of that norm.
-        mixer: options of :class:`genssm.layers.Mamba`.
+        mixer: what :func:`genssm.layers.make_mixer` takes.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class ZigMaBlock(nn.Module):
         self.mirror_time = mirror_time
         self.norm = NORMS[norm](hidden_size, norm_eps)
         self.modulation = Modulation(hidden_size, 6 if cross_attention else 3)
-        self.mixer = Mamba(hidden_size, **mixer)
+        self.mixer = make_mixer(hidden_size, **mixer)
         self.cross_norm = LayerNorm(hidden_size, affine=False) if cross_attention else None
         self.cross_attn = CrossAttention(hidden_size) if cross_attention else None
         self.drop_path = DropPath(drop_path)
@@ -146,7 +147,10 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             for weights trained with the released code.
         temporal_pos_embed: learn one position per frame beside ``pos_embed``.
         pos_embed: "learned", "sincos2d_fixed" or "none".
-        d_state, d_conv, expand, dt_rank: sizes of the mixer, see :class:`genssm.layers.Mamba`.
+        mixer: "mamba" (:class:`genssm.layers.Mamba`) or "mamba2" (:class:`genssm.layers.Mamba2`).
+        d_state, d_conv, expand: sizes of the mixers, see these classes.
+        dt_rank: of "mamba".
+        headdim, ngroups: of "mamba2"; None for its own defaults.
         norm: "rms" or "layer".
         norm_eps: eps of that norm.
         drop_path: stochastic depth of the last block, rising linearly from 0.
@@ -188,10 +192,13 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         temporal_restore: str = "inverse",
         temporal_pos_embed: bool = False,
         pos_embed: str = "learned",
+        mixer: str = "mamba",
         d_state: int = 16,
         d_conv: int = 4,
         expand: int = 2,
         dt_rank: int | str = "auto",
+        headdim: int | None = None,
+        ngroups: int | None = None,
         norm: str = "rms",
         norm_eps: float = 1e-5,
         drop_path: float = 0.1,
@@ -225,10 +232,10 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         self.positions = nn.Parameter(torch.zeros(1, tokens, hidden_size)) if pos_embed == "learned" else None
         self.frame_positions = nn.Parameter(torch.zeros(1, num_frames, hidden_size)) if temporal_pos_embed else None
 
-        mixer = {
-            "d_state": d_state, "d_conv": d_conv, "expand": expand, "dt_rank": dt_rank,
-            "bidirectional": bidirectional, "out_scale": num_layers**-0.5,
-        }  # fmt: skip
+        mixer_of_blocks = mixer_options(
+            mixer, dt_rank=dt_rank, headdim=headdim, ngroups=ngroups, d_state=d_state, d_conv=d_conv, expand=expand,
+            bidirectional=bidirectional, out_scale=num_layers**-0.5,
+        )  # fmt: skip
         kinds = _layer_kinds(video_pattern, num_layers)
         self.layer_orders = [row for _, row in kinds]
         self.blocks = nn.ModuleList(
@@ -240,7 +247,7 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
                 drop_path=drop_path * layer / (num_layers - 1) if num_layers > 1 else drop_path,
                 norm=norm,
                 norm_eps=norm_eps,
-                mixer=mixer,
+                mixer=mixer_of_blocks,
             )
             for layer, (axis, _) in enumerate(kinds)
         )

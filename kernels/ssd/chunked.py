@@ -8,6 +8,7 @@ again, last chunk first. Tensors of a chunk are (b, k, T, ...) or, per head, (b,
     b batch rows and k directions of a block, H heads, P channels of a head, G groups, N state, Q = H / G * P
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -67,9 +68,9 @@ def ssd_forward(
                 block.put_state(slot, initial_state, span)
             else:
                 slot.copy_(h)
-            chunk = _Chunk(block, span)
-            y = chunk.output(slot)
-            h = chunk.advance(slot)
+            chunk = _Chunk(block, span, slot)
+            y = chunk.output()
+            h = chunk.advance()
             if z is not None:
                 gate = chunk.read(z)
                 y = y * (gate * sigmoid(gate))
@@ -118,15 +119,15 @@ def ssd_backward(
             if span.last:
                 carry = torch.empty_like(before)
                 block.put_state(carry, grad_last_state, span)
-            chunk = _Chunk(block, span)
+            chunk = _Chunk(block, span, before)
             grad_y = chunk.read(grad_out)
             if z is not None:
                 gate = chunk.read(z)
                 opening = sigmoid(gate)
                 slope = opening * (1 + gate * (1 - opening))
-                dz.write(block, span, grad_y * chunk.output(before) * slope)
+                dz.write(block, span, grad_y * chunk.output() * slope)
                 grad_y = grad_y * (gate * opening)
-            grads = chunk.adjoint(chunk.all_directions(grad_y), carry, before)
+            grads = chunk.adjoint(chunk.all_directions(grad_y), carry)
             dx.write(block, span, grads.x)
             ddt.write(block, span, grads.dt)
             dB.write(block, span, grads.B)
@@ -279,11 +280,14 @@ class _Grads:
 
 
 class _Chunk:
-    """The steps of one span: inputs read, decays, output and next state forward, adjoint backward."""
+    """The steps of one span: inputs read, decays, output and next state forward, adjoint backward.
 
-    def __init__(self, block: _Block, span: Span) -> None:
+    ``before`` is the state before the chunk, (b, k, G, N, Q).
+    """
+
+    def __init__(self, block: _Block, span: Span, before: Tensor) -> None:
         problem = block.problem
-        self.block, self.span, self.steps = block, span, span.high - span.low
+        self.block, self.span, self.before, self.steps = block, span, before, span.high - span.low
         self.x = self.all_directions(self.read(problem.x))  # (b, k, T, H, P)
         raw = self.read(problem.dt)
         self.raw = raw if block.dt_bias is None else raw + block.dt_bias
@@ -338,23 +342,29 @@ class _Chunk:
         """Rows of the heads (b, k, H, T, P) times (b, k, H, T), grouped: (b, k, G, T, Q)."""
         return self.per_group(x * weight.unsqueeze(-1))
 
+    @functools.cached_property
     def matrix(self) -> Tensor:
         """M_ts = exp(sum of dt A between s and t) C_t B_s, what step s adds to step t, (b, k, H, T, T)."""
         scores = self.C @ self.B.transpose(-1, -2)  # (b, k, G, T, T)
         groups = self.block.problem.sizes[0]
         return (self.between.unflatten(2, (groups, -1)) * scores.unsqueeze(3)).flatten(2, 3)
 
-    def output(self, before: Tensor) -> Tensor:
-        """y = C h + D x before the gate, (b, k, T, H, P); ``before`` is the state before the chunk."""
-        y = self.matrix() @ self.inputs
-        y.addcmul_(self.of_heads(self.C @ before), self.from_start.unsqueeze(-1))
+    @functools.cached_property
+    def into(self) -> Tensor:
+        """What the state before the chunk would give at every step without decay, (b, k, H, T, P)."""
+        return self.of_heads(self.C @ self.before)
+
+    def output(self) -> Tensor:
+        """y = C h + D x before the gate, (b, k, T, H, P)."""
+        y = self.matrix @ self.inputs
+        y.addcmul_(self.into, self.from_start.unsqueeze(-1))
         y = y.transpose(2, 3)
         return y if self.block.D is None else torch.addcmul(y, self.x, self.block.D.unsqueeze(-1))
 
-    def advance(self, before: Tensor) -> Tensor:
+    def advance(self) -> Tensor:
         """The state after the chunk, (b, k, G, N, Q)."""
         added = self.B.transpose(-1, -2) @ self.weighted(self.to_end, self.inputs)
-        return added.addcmul_(before, self._through())
+        return added.addcmul_(self.before, self._through())
 
     def _through(self) -> Tensor:
         """Decay over the whole chunk for every column of a state, (b, k, G, 1, Q)."""
@@ -362,11 +372,13 @@ class _Chunk:
         through = self.from_start[..., -1].unflatten(2, (groups, -1))
         return through.repeat_interleave(self.x.shape[-1], dim=-1).unsqueeze(3)
 
-    def adjoint(self, grad_y: Tensor, carry: Tensor, before: Tensor) -> _Grads:
-        """Gradients of the chunk's inputs and of the state before it, from those of y and of the state after it."""
-        groups, block = self.block.problem.sizes[0], self.block
+    def adjoint(self, grad_y: Tensor, carry: Tensor) -> _Grads:
+        """Gradients of the chunk's inputs and of the state before it, from those of y and of the state after it.
+
+        Overwrites ``matrix``.
+        """
+        groups, block, before, matrix = self.block.problem.sizes[0], self.block, self.before, self.matrix
         dy, u = self.per_head(grad_y), self.inputs  # (b, k, H, T, P)
-        matrix = self.matrix()
         pairs = dy @ u.transpose(-1, -2)  # (b, k, H, T, T)
 
         # within the chunk
@@ -377,12 +389,12 @@ class _Chunk:
 
         # from the state before, to the state after
         faded, kept = self.weighted(self.from_start, dy), self.weighted(self.to_end, u)  # (b, k, G, T, Q)
-        into, out_of = self.C @ before, self.B @ carry
+        out_of = self.of_heads(self.B @ carry)
         dC += faded @ before.transpose(-1, -2)
         dB += kept @ carry.transpose(-1, -2)
-        du.addcmul_(self.of_heads(out_of), self.to_end.unsqueeze(-1))
-        entered = (self.of_heads(into) * dy).sum(-1) * self.from_start  # what the decay up to t carries, (b, k, H, T)
-        left = (self.of_heads(out_of) * u).sum(-1) * self.to_end
+        du.addcmul_(out_of, self.to_end.unsqueeze(-1))
+        entered = (self.into * dy).sum(-1) * self.from_start  # what the decay up to t carries, (b, k, H, T)
+        left = (out_of * u).sum(-1) * self.to_end
         through = self._through()
         whole = (before * carry).mul_(through).sum(3).unflatten(-1, (-1, self.x.shape[-1])).sum(-1).flatten(2)
         state = (self.C.transpose(-1, -2) @ faded).addcmul_(carry, through)

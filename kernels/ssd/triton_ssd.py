@@ -386,8 +386,8 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 
 def _aligned(*tensors: Tensor | None) -> bool:
-    """Whether every row can start a 16-byte load, as far as batch, direction and head or group decide it."""
-    return all(stride % 8 == 0 for x in tensors if x is not None for stride in (*x.stride()[:2], x.stride(3)))
+    """Whether every row can start a 16-byte load; a matter of its own stride, whatever the length and the batch."""
+    return all(stride % 8 == 0 for x in tensors if x is not None for stride in x.stride()[:4])
 
 
 def _power_of_two(n: int) -> int:

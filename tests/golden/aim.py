@@ -29,7 +29,9 @@ def _gradient_tolerance(info: Info) -> dict[str, float]:
 def given_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a user of the converter would have to say, because the weights do not show it."""
     ssm, tokens = config["ssm_options"], config["num_tokens"]
-    given = {"norm_eps": config["norm_eps"], "ngroups": ssm.get("ngroups", 1)}
+    given = {"norm_eps": config["norm_eps"]}
+    if "ngroups" in ssm:
+        given["ngroups"] = ssm["ngroups"]
     if math.isqrt(tokens) ** 2 != tokens:
         given["sample_size"] = [1, tokens]
     return given
@@ -77,7 +79,7 @@ def _read_off(config: Mapping[str, Any], model: AiM) -> Iterator[Check]:
         "num_layers": config["n_layer"],
         "vocab_size": config["vocab"],
         "num_classes": config["num_classes"],
-        "mixer": ssm["layer"].lower(),
+        "mixer": {"Mamba1": "mamba", "Mamba2": "mamba2"}[ssm["layer"]],
         "num_groups": config["num_groups"] if config["adaln_group"] else 0,
         "mlp_hidden": 128 * math.ceil(config["mlp_hidden"] / 128),
         "norm": "rms" if config["rms_norm"] else "layer",

@@ -367,6 +367,8 @@ GRADCHECKS = {
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
 @pytest.mark.parametrize("case", GRADCHECKS.values(), ids=GRADCHECKS.keys())
 def test_gradcheck(backend: str, case: Case) -> None:
+    if backend == "reference" and case.length > chunked.STEPS:
+        pytest.skip("the reference has no chunks")
     problem = ssd_problem(case).to("cpu", torch.float64)
     names = list(problem.inputs)
 

@@ -7,10 +7,12 @@ import torch
 
 from genssm.kernels.causal_conv1d import causal_conv1d
 from genssm.kernels.selective_scan import selective_scan
-from tests.kernels.problems import Case, check_parity, conv_problem, rms_error, run, scan_problem
+from genssm.kernels.ssd import ssd
+from tests.kernels.problems import Case, check_parity, conv_problem, rms_error, run, scan_problem, ssd_problem
 
 pytestmark = pytest.mark.gpu
-HALF = dict.fromkeys(("u", "delta", "z", "B", "C", "x"), torch.bfloat16)
+HALF = dict.fromkeys(("u", "delta", "z", "B", "C", "x", "dt"), torch.bfloat16)
+HALF_PRODUCTS = 1e-2  # of the matrix products of ssd in bfloat16
 
 
 @pytest.mark.parametrize("states", [1, 2, 5, 8, 16, 32, 64, 128, 256])
@@ -55,7 +57,37 @@ def test_segments(segments: int, order: str | None, monkeypatch: pytest.MonkeyPa
     check_parity(selective_scan, scan_problem, case, "triton", "cuda")
 
 
-@pytest.mark.parametrize(("op", "make"), [(selective_scan, scan_problem), (causal_conv1d, conv_problem)])
+@pytest.mark.parametrize("states", [1, 5, 16, 64, 128, 256])
+@pytest.mark.parametrize("dtypes", [torch.float32, HALF], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [16, 33, 64])
+def test_ssd_sizes(states: int, dtypes, width: int) -> None:
+    case = Case(length=131, channels=3 * width, states=states, directions=2, order="random", initial=True)
+    least = 0.0 if dtypes is torch.float32 else HALF_PRODUCTS
+    check_parity(ssd, ssd_problem, case, "triton", "cuda", dtypes, least)
+
+
+@pytest.mark.parametrize("length", [1, 31, 64, 65, 1000, 4096])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_ssd_lengths(length: int, directions: int) -> None:
+    case = Case(batch=1, length=length, channels=33, directions=directions, order="random", initial=True)
+    check_parity(ssd, ssd_problem, case, "triton", "cuda")
+
+
+@pytest.mark.parametrize("segments", [2, 3, 7])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_ssd_segments_and_slots(segments: int, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from genssm.kernels.ssd import triton_ssd
+
+    split = triton_ssd._split
+    monkeypatch.setattr(triton_ssd, "_split", lambda *given: split(*given[:3], segments, given[4]))
+    monkeypatch.setattr(triton_ssd, "_slots", lambda *given: slots)
+    case = Case(length=600, channels=96, heads=4, groups=2, states=16, directions=2, order="random", initial=True)
+    check_parity(ssd, ssd_problem, case, "triton", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("op", "make"), [(selective_scan, scan_problem), (ssd, ssd_problem), (causal_conv1d, conv_problem)]
+)
 def test_same_bits_twice(op, make) -> None:
     case = Case(batch=3, length=2000, channels=300, directions=2, order="random", own="u x", initial=True)
     problem = make(case).to("cuda", HALF)
@@ -71,11 +103,20 @@ def test_agrees_with_the_pytorch_path_at_model_size() -> None:
         assert rms_error(found[name], expected[name]) < 1e-5, name
 
 
+def test_ssd_agrees_with_the_pytorch_path_at_model_size() -> None:
+    case = Case(batch=2, length=1024, channels=1536, heads=24, states=128, directions=2, order="random", own="dt A")
+    problem = ssd_problem(case).to("cuda", torch.float32)
+    expected, found = (run(ssd, problem, backend) for backend in ("chunked", "triton"))
+    for name in expected:
+        assert rms_error(found[name], expected[name]) < 1e-5, name
+
+
 def test_nothing_is_compiled_again_for_other_lengths_and_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from genssm.kernels.causal_conv1d import triton_conv
     from genssm.kernels.selective_scan import triton_scan
+    from genssm.kernels.ssd import triton_ssd
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
@@ -88,6 +129,10 @@ def test_nothing_is_compiled_again_for_other_lengths_and_batches(
         given = (tokens(48), tokens(48), a, tokens(1, 4), tokens(1, 4), d, tokens(48), d, True, order, None, None, None)
         out, _, saved = triton_scan.scan_forward(*given, True, segments=1)
         triton_scan.scan_backward(out, None, saved, *given, True, segments=1)
+        a, d_head, b = -torch.rand(1, 3, device="cuda"), torch.rand(1, 3, device="cuda"), tokens(1, 16)
+        given = (tokens(3, 16), tokens(3), a, b, b, d_head, tokens(3, 16), d_head, True, order, None, None, None, True)
+        out, _, saved = triton_ssd.ssd_forward(*given, segments=1)
+        triton_ssd.ssd_backward(out, None, saved, *given, segments=1)
         x, weight = tokens(48), torch.rand(1, 48, 4, device="cuda")
         y, _ = triton_conv.conv_forward(x, weight, d, True, order, None, None, None, 1)
         triton_conv.conv_backward(y, None, x, weight, d, True, order, None, None, None, 1)
@@ -109,5 +154,6 @@ def test_launches_on_the_device_of_its_inputs() -> None:
     with torch.cuda.device(0):
         case = Case(length=40, initial=True)
         check_parity(selective_scan, scan_problem, case, "triton", "cuda:1")
+        check_parity(ssd, ssd_problem, case, "triton", "cuda:1")
         check_parity(causal_conv1d, conv_problem, case, "triton", "cuda:1")
         assert torch.cuda.current_device() == 0

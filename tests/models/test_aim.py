@@ -21,7 +21,7 @@ VARIANTS = [
     {},
     {"num_groups": 2},
     {"num_groups": 1, "mlp_hidden": 100},
-    {"mixer": "mamba1", "norm": "layer", "dt_rank": 3},
+    {"mixer": "mamba", "headdim": None, "norm": "layer", "dt_rank": 3},
     {"ngroups": 2, "tie_embeddings": False, "position_offset": 0},
     {"context_dim": 6, "context_length": 4},
 ]
@@ -194,7 +194,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 def test_lora_and_compile(tmp_path: Path) -> None:
     from peft import LoraConfig
 
-    model = make_model(mixer="mamba1", d_state=4)
+    model = make_model(mixer="mamba", headdim=None, d_state=4)
     inputs = inputs_of(model)
     with torch.no_grad():
         plain = model(**inputs).logits
@@ -227,7 +227,7 @@ def published(model: AiM) -> dict[str, torch.Tensor]:
             key = key.replace(".table", ".scale_shift_table").replace(".modulation.linear.", ".adaLN_modulation.1.")
             key = key.replace(".norm_mlp.", ".norm2.").replace(".mlp.proj_in.", ".mlp.fc1.")
             key = key.replace(".mlp.proj_out.", ".mlp.fc2.")
-            key = key.replace(".mixer.dt_bias", ".mixer.dt_proj.bias") if model.config.mixer == "mamba1" else key
+            key = key.replace(".mixer.dt_bias", ".mixer.dt_proj.bias") if model.config.mixer == "mamba" else key
         weights[f"mamba.{key}"] = value
     return weights
 
@@ -235,7 +235,9 @@ def published(model: AiM) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("changes", VARIANTS[:5], ids=str)
 def test_published_keys_round_trip(changes: dict) -> None:
     model = make_model(**changes)
-    given = {key: model.config[key] for key in ("sample_size", "ngroups", "position_offset")}
+    given = {key: model.config[key] for key in ("sample_size", "position_offset")}
+    if model.config.ngroups:
+        given["ngroups"] = model.config.ngroups
     weights = published(model)
     converted, report = load_published("aim", weights, given)
     assert report.complete, str(report)
@@ -265,7 +267,9 @@ def test_errors() -> None:
         load_published("aim", weights)
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_groups": 2, "mlp_hidden": 100}, {"mixer": "mamba1"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_groups": 2, "mlp_hidden": 100}, {"mixer": "mamba", "headdim": None}], ids=str
+)
 def test_compiled_blocks_decode_the_same(changes: dict) -> None:
     """Each block is one graph, its state updated inside."""
     model = make_model(**changes)

@@ -42,7 +42,7 @@ def generators(rows: range) -> list[torch.Generator]:
 
 
 @pytest.mark.parametrize("call", [{}, FILTERED, {"guidance_scale": 2.5, "guidance_schedule": "cosine"}], ids=str)
-@pytest.mark.parametrize("changes", [{}, {"mixer": "mamba1", "num_groups": 1}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"mixer": "mamba", "headdim": None, "num_groups": 1}], ids=str)
 def test_images_do_not_depend_on_the_batch(changes: dict, call: dict) -> None:
     """Bit for bit."""
     pipe = make_pipe(**changes)
