@@ -96,6 +96,10 @@ class TokenizerTraining(Task):
         self.seen.clear()
         self.steps = step
 
+    def numbers_to_log(self) -> dict[str, float]:
+        usage = self.model.quantize.usage_statistics()
+        return {"codes_used": usage["used"], "code_perplexity": usage["perplexity"]}
+
     def _teach_discriminator(self) -> None:
         """One step of the discriminator on what the tokenizer has just seen, all processes together."""
         self.discriminator.requires_grad_(True)

@@ -43,6 +43,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_tokenizer_learns(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     lines = metrics(tokenizer)
     assert lines[-1]["loss"] < 0.25 * lines[0]["loss"]
+    assert 16 < lines[-1]["code_perplexity"] <= lines[-1]["codes_used"] <= 64
     grid = np.asarray(Image.open(tokenizer / "samples" / "step_0000120.png"))
     assert grid.std() > 10
     model = load_tokenizer(tokenizer)
