@@ -17,7 +17,8 @@ class AutoregressiveImagePipeline(CodePipeline):
     """Class- or text-conditional and unconditional images from a model that draws codes one after the other.
 
     An image depends on its generator and its condition, not on the batch it is made in. On CUDA the steps run as one
-    captured graph, kept for the next call of the same kind; the plain loop gives the same codes.
+    captured graph, kept for the next call of the same kind; the plain loop gives the same codes. Compiled blocks
+    (``pipe.model.compile_repeated_blocks()`` before the first call) go into the graph with fewer launches.
 
     Args:
         model: draws the codes.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from genssm.config import DataConfig
-from genssm.data.codes import CodeDataset, open_codes
+from genssm.data.codes import CachedCodes, CodeDataset, open_codes
 from genssm.data.images import CachedImages, ImageDataset
 from genssm.data.latents import LatentDataset, open_latents
 from genssm.data.sources import DATASETS as IMAGE_DATASETS
@@ -18,6 +18,7 @@ DATASETS = (*IMAGE_DATASETS, "codes", "latents")
 __all__ = [
     "CROPS",
     "DATASETS",
+    "CachedCodes",
     "CachedImages",
     "CodeDataset",
     "ImageDataset",
@@ -71,21 +72,22 @@ def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset
 
 def cache_dataset(
     dataset: ImageDataset | LatentDataset | CodeDataset, cache: str, device: torch.device | str
-) -> ImageDataset | LatentDataset | CodeDataset | CachedImages:
+) -> ImageDataset | LatentDataset | CachedImages | CachedCodes:
     """The data set, or its items decoded into memory; training sees the same either way.
 
     Args:
         dataset: the data set.
-        cache: ``none``; ``ram``; or ``device``, for images, on ``device``.
+        cache: ``none``; ``ram``; or ``device``, for images and codes, on ``device``.
         device: of the training.
 
     Raises:
-        ValueError: latents or codes on the device, or images that are cropped at random.
+        ValueError: latents on the device, or images that are cropped at random.
     """
     if cache == "none":
         return dataset
-    if isinstance(dataset, LatentDataset | CodeDataset):
+    if isinstance(dataset, LatentDataset):
         if cache == "device":
-            raise ValueError(f"data.cache=device keeps images; use data.cache=ram with {dataset.tensor_name}")
+            raise ValueError("data.cache=device keeps images; use data.cache=ram with latents")
         return dataset.in_memory()
-    return CachedImages(dataset, device if cache == "device" else "cpu")
+    kind = CachedCodes if isinstance(dataset, CodeDataset) else CachedImages
+    return kind(dataset, device if cache == "device" else "cpu")

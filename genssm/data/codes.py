@@ -1,6 +1,5 @@
 """Data sets of codes of a VQ tokenizer, and the tokenizer: ``{"codes": int64 (T,), "class_labels": int}``."""
 
-import copy
 import json
 import math
 import re
@@ -133,14 +132,29 @@ class CodeDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.item(int(index), None)
 
-    def in_memory(self) -> "CodeDataset":
-        """The same data set with every stored array read once and kept."""
-        arrays = np.stack([self.store.read(row) for row in range(self.store.rows)])
-        kept = copy.copy(self)
-        kept.store = CodeStore(
-            lambda row: arrays[row], len(arrays), self.labels, self.class_names, self.grid, self.num_codes
-        )
-        return kept
+
+class CachedCodes:
+    """All codes of a data set read once, on the CPU or the accelerator; batches are made there.
+
+    Args:
+        dataset: what to read.
+        device: where to keep the codes.
+    """
+
+    def __init__(self, dataset: CodeDataset, device: torch.device | str = "cpu") -> None:
+        self.views = dataset.views
+        arrays = np.stack([dataset.store.read(row)[: self.views] for row in range(len(dataset))])
+        self.codes = torch.from_numpy(arrays.astype(np.int32)).to(device)  # (N, A, T)
+        self.labels = None if dataset.labels is None else torch.from_numpy(dataset.labels).to(device)
+
+    def batch(self, indices: np.ndarray, keys: np.ndarray) -> Mapping[str, torch.Tensor]:
+        """The items ``indices`` with their keys (uint64), equal to those of the data set, stacked."""
+        rows = torch.from_numpy(indices).to(self.codes.device)
+        views = torch.from_numpy((keys % np.uint64(self.views)).astype(np.int64)).to(self.codes.device)
+        batch = {"codes": self.codes[rows, views].long()}
+        if self.labels is not None:
+            batch["class_labels"] = self.labels[rows]
+        return batch
 
 
 def load_tokenizer(path: str | Path) -> VQTokenizer:
