@@ -77,12 +77,22 @@ class AiMBlock(nn.Module):
             projection of the condition by the block itself.
         norm: "rms" or "layer".
         norm_eps: eps of that norm.
+        mlp_residual: "stream", or "as_released_unfused": see :class:`AiM`.
     """
 
     def __init__(
-        self, hidden_size: int, mixer: nn.Module, *, mlp_hidden: int, grouped: bool, norm: str, norm_eps: float
+        self,
+        hidden_size: int,
+        mixer: nn.Module,
+        *,
+        mlp_hidden: int,
+        grouped: bool,
+        norm: str,
+        norm_eps: float,
+        mlp_residual: str,
     ) -> None:
         super().__init__()
+        self.mlp_residual = mlp_residual
         count = 6 if mlp_hidden else 3
         self.modulation = None if grouped else Modulation(hidden_size, count)
         self.table = nn.Parameter(torch.randn(1, count, hidden_size) / math.sqrt(hidden_size)) if grouped else None
@@ -114,10 +124,12 @@ class AiMBlock(nn.Module):
             shift, shift_mlp, scale, scale_mlp, gate, gate_mlp = vectors
         x = self.mixer(modulate(self.norm(hidden_states), shift, scale), state=state)
         hidden_states = hidden_states + gate * x
-        if self.mlp is not None:
-            x = modulate(self.norm_mlp(hidden_states), shift_mlp, scale_mlp)
-            hidden_states = hidden_states + gate_mlp * self.mlp(x)
-        return hidden_states
+        if self.mlp is None:
+            return hidden_states
+        normed = self.norm_mlp(hidden_states)
+        if self.mlp_residual == "as_released_unfused":
+            hidden_states, normed = upcast(normed), gate * x
+        return hidden_states + gate_mlp * self.mlp(modulate(normed, shift_mlp, scale_mlp))
 
 
 @dataclass
@@ -168,6 +180,8 @@ class AiM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_groups: groups whose layers share a projection of the condition (layer i is of group i mod num_groups) and
             add a table of their own; 0 gives each layer its own projection, 1 shares one among all.
         mlp_hidden: inner width of a gated MLP after each mixer, rounded up to a multiple of 128; 0 for none.
+        mlp_residual: "stream": the MLP reads the normalised stream and adds to it. "as_released_unfused": it reads what
+            the mixer has added, and adds to the normalised stream, as the released code does without fused norms.
         norm: "rms" or "layer".
         norm_eps: eps of the norms.
         position_offset: code i has row i + position_offset of the position table. 1 is the rule of the released
@@ -203,14 +217,17 @@ class AiM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         dt_rank: int | str = "auto",
         num_groups: int = 0,
         mlp_hidden: int = 0,
+        mlp_residual: str = "stream",
         norm: str = "rms",
         norm_eps: float = 1e-5,
         position_offset: int = 1,
         tie_embeddings: bool = True,
     ) -> None:
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"norm is {norm!r}; expected one of {', '.join(map(repr, NORMS))}")
+        choices = (("norm", norm, NORMS), ("mlp_residual", mlp_residual, ("stream", "as_released_unfused")))
+        for name, value, known in choices:
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
         if position_offset not in (0, 1):
             raise ValueError(f"position_offset is {position_offset}; expected 0 or 1")
         self.gradient_checkpointing = False
@@ -236,6 +253,7 @@ class AiM(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 grouped=bool(num_groups),
                 norm=norm,
                 norm_eps=norm_eps,
+                mlp_residual=mlp_residual,
             )
             for _ in range(num_layers)
         )
@@ -448,7 +466,7 @@ def aim_config_from_published(state_dict: Mapping[str, torch.Tensor], given: Map
     Args:
         state_dict: as for :func:`convert_aim_state_dict`.
         given: arguments known from elsewhere: ``sample_size`` of a grid that is not square, ``ngroups`` other than 1,
-            ``norm_eps``, ``position_offset``.
+            ``norm_eps``, ``position_offset``, ``mlp_residual``.
 
     Returns:
         All arguments that the tensors show.

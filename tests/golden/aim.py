@@ -32,6 +32,8 @@ def given_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     given = {"norm_eps": config["norm_eps"]}
     if "ngroups" in ssm:
         given["ngroups"] = ssm["ngroups"]
+    if config["mlp_hidden"] and not config["fused_add_norm"]:
+        given["mlp_residual"] = "as_released_unfused"
     if math.isqrt(tokens) ** 2 != tokens:
         given["sample_size"] = [1, tokens]
     return given
