@@ -15,6 +15,7 @@ if (_root / "pyproject.toml").is_file() and str(_root) not in __path__:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CaptionTokenizer": "genssm.models",
     "ClassConditionalImagePipeline": "genssm.pipelines",
     "ContinuousDPMSolverScheduler": "genssm.single_step_solver",
     "DiM": "genssm.models",
@@ -23,6 +24,7 @@ _HOMES = {
     "FlowODEScheduler": "genssm.schedulers",
     "FlowSDEScheduler": "genssm.schedulers",
     "MODELS": "genssm.models",
+    "TextEncoder": "genssm.models",
     "ZigMa": "genssm.models",
     "build_dataset": "genssm.data",
     "causal_conv1d": "genssm.kernels.causal_conv1d",

@@ -25,5 +25,6 @@ def register_library() -> bool:
     except ImportError:
         logger.warning("this diffusers has no table of loadable libraries; saved pipelines will name module paths")
         return False
-    LOADABLE_CLASSES[LIBRARY] = {"ModelMixin": list(_METHODS), "SchedulerMixin": list(_METHODS)}
+    bases = ("ModelMixin", "SchedulerMixin", "CaptionTokenizer")
+    LOADABLE_CLASSES[LIBRARY] = {base: list(_METHODS) for base in bases}
     return True

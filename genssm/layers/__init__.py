@@ -16,6 +16,7 @@ from genssm.layers.mixers import make_mixer, mixer_options
 from genssm.layers.modulation import DropPath, LayerNorm, Modulation, RMSNorm, modulate, upcast
 from genssm.layers.outputs import DenoiserOutput
 from genssm.layers.parameter_groups import parameter_groups
+from genssm.layers.text import check_text, masked_mean, with_null_text
 
 __all__ = [
     "CrossAttention",
@@ -29,7 +30,9 @@ __all__ = [
     "PatchEmbed",
     "RMSNorm",
     "TimestepEmbedding",
+    "check_text",
     "make_mixer",
+    "masked_mean",
     "mixer_options",
     "modulate",
     "parameter_groups",
@@ -38,4 +41,5 @@ __all__ = [
     "sinusoidal_features",
     "unpatchify",
     "upcast",
+    "with_null_text",
 ]

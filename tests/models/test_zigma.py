@@ -137,6 +137,17 @@ def test_null_text_of_any_length() -> None:
         build("text", null_condition=False)(inputs["hidden_states"], 1.0)
 
 
+def test_row_without_text_is_the_null_text() -> None:
+    model = common.randomise(build("text")).eval()
+    inputs = make_inputs(model)
+    inputs["encoder_attention_mask"][1] = False
+    with torch.no_grad():
+        mixed = model(**inputs).sample
+        null = model(inputs["hidden_states"], inputs["timestep"]).sample
+    torch.testing.assert_close(mixed[1], null[1], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(mixed[0], null[0], atol=1e-4)
+
+
 def test_masked_text_tokens_do_not_matter() -> None:
     model = common.randomise(build("text")).eval()
     inputs = make_inputs(model)
@@ -343,6 +354,7 @@ def test_bad_configurations(change: dict, message: str) -> None:
         ("classes", {"class_labels": torch.zeros(3).long()}, "one per sample"),
         ("text", {"encoder_hidden_states": torch.zeros(2, 4, 13)}, "S, 12"),
         ("text", {"encoder_attention_mask": torch.ones(2, 5)}, "encoder_attention_mask"),
+        ("text", {"encoder_hidden_states": None}, "without encoder_hidden_states"),
         ("video_factorised", {"hidden_states": torch.zeros(2, 3, 8, 8)}, "takes"),
     ],
 )
