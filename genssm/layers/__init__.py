@@ -16,7 +16,7 @@ from genssm.layers.mixers import make_mixer, mixer_options
 from genssm.layers.modulation import DropPath, LayerNorm, Modulation, RMSNorm, modulate, upcast
 from genssm.layers.outputs import DenoiserOutput
 from genssm.layers.parameter_groups import parameter_groups
-from genssm.layers.text import check_text, masked_mean, with_null_text
+from genssm.layers.text import check_text, masked_mean, read_text
 
 __all__ = [
     "CrossAttention",
@@ -36,10 +36,10 @@ __all__ = [
     "mixer_options",
     "modulate",
     "parameter_groups",
+    "read_text",
     "resize_positions",
     "sincos_2d",
     "sinusoidal_features",
     "unpatchify",
     "upcast",
-    "with_null_text",
 ]

@@ -1,6 +1,7 @@
 """How denoisers read text: the states of its tokens, which of them count, and what stands for no text."""
 
 import torch
+from torch import nn
 
 
 def masked_mean(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -40,26 +41,41 @@ def check_text(
     return None if mask is None else mask.bool()
 
 
-def with_null_text(
-    tokens: torch.Tensor | None, mask: torch.Tensor | None, null: torch.Tensor, batch: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Put the null text where there is none.
+def read_text(
+    tokens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    batch: int,
+    embed: nn.Linear | None,
+    null: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Text tokens in the width of a denoiser, with the null text put in where there is none.
 
     A row of the batch whose mask is False everywhere has no text, nor has any row when ``tokens`` is None.
 
     Args:
-        tokens: (B, S, C), or None.
-        mask: (B, S) bool, or None.
-        null: the null token, (C,). Repeating it changes nothing, so it fills a row of any length.
+        tokens: ``encoder_hidden_states``, (B, S, C), or None.
+        mask: ``encoder_attention_mask``, (B, S), or None: every token counts.
         batch: B.
+        embed: maps C to the denoiser's width D; None for a denoiser without text.
+        null: the null token, (C,), which fills a row of any length, because repeating it changes nothing; None for a
+            denoiser that was trained without.
 
     Returns:
-        Tokens (B, S, C) and a mask with at least one True in every row, or None.
+        Tokens (B, S, D) and a mask (B, S) bool or None; with ``null``, at least one token counts in every row. None
+        twice for a denoiser without text.
+
+    Raises:
+        ValueError: see :func:`check_text`; or no text for a denoiser without a null text.
     """
+    mask = check_text(tokens, mask, batch, 0 if embed is None else embed.in_features)
+    if embed is None:
+        return None, None
     if tokens is None:
-        return null.expand(batch, 1, -1), None
-    tokens = tokens.to(null.dtype)
-    if mask is None:
-        return tokens, None
-    empty = ~mask.any(dim=1, keepdim=True)  # (B, 1)
-    return torch.where(empty[..., None], null, tokens), mask | empty
+        if null is None:
+            raise ValueError("encoder_hidden_states is None but this model has no null text; pass text tokens")
+        return embed(null.expand(batch, 1, -1)), None
+    tokens = tokens.to(embed.weight.dtype)
+    if mask is not None and null is not None:
+        empty = ~mask.any(dim=1, keepdim=True)  # (B, 1)
+        tokens, mask = torch.where(empty[..., None], null, tokens), mask | empty
+    return embed(tokens), mask

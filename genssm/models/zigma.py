@@ -24,16 +24,15 @@ from genssm.layers import (
     PatchEmbed,
     RMSNorm,
     TimestepEmbedding,
-    check_text,
     make_mixer,
     masked_mean,
     mixer_options,
     modulate,
+    read_text,
     resize_positions,
     sincos_2d,
     unpatchify,
     upcast,
-    with_null_text,
 )
 from genssm.scan_orders import ORDERS, VIDEO_ORDERS, stack, video_kinds
 
@@ -325,9 +324,9 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         c = self.time_embed(self._network_time(timestep, batch, hidden_states.device))  # (B, D)
         if self.label_embed is not None:
             c = c + self.label_embed(class_labels, batch)
-        context, mask = self._context(encoder_hidden_states, encoder_attention_mask, batch)
+        text = (encoder_hidden_states, encoder_attention_mask)
+        context, mask = read_text(*text, batch, self.context_embed, self.null_context)  # (B, S, D), (B, S)
         if context is not None:
-            context = self.context_embed(context)  # (B, S, D)
             c = c + masked_mean(context, mask)
 
         for block, row in zip(self.blocks, self.layer_orders):
@@ -407,19 +406,6 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             raise ValueError(f"timestep has shape {tuple(t.shape)}; expected one number or ({batch},), one per sample")
         t = t.reshape(-1).expand(batch)
         return 1000 - t if self.config.time_convention == "data_at_one" else t
-
-    def _context(
-        self, tokens: torch.Tensor | None, mask: torch.Tensor | None, batch: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Text tokens (B, S, context_dim) and their mask (B, S), with the null text put in where none is given."""
-        mask = check_text(tokens, mask, batch, self.config.context_dim)
-        if self.context_embed is None:
-            return None, None
-        if self.null_context is not None:
-            return with_null_text(tokens, mask, self.null_context, batch)
-        if tokens is None:
-            raise ValueError("encoder_hidden_states is None but this model has no null text; pass text tokens")
-        return tokens.to(self.context_embed.weight.dtype), mask
 
 
 def _one_of(name: str, value: str, known: Sequence[str] | Mapping[str, Any]) -> None:

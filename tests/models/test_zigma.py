@@ -41,10 +41,7 @@ def make_inputs(model: ZigMa, batch: int = 2, size: tuple[int, int] = (8, 8), fr
     }
     if config.num_classes:
         inputs["class_labels"] = torch.arange(batch) % config.num_classes
-    if config.context_dim:
-        inputs["encoder_hidden_states"] = torch.randn(batch, 4, config.context_dim, generator=generator)
-        inputs["encoder_attention_mask"] = torch.arange(4)[None] < 4 - torch.arange(batch)[:, None] % 3
-    return inputs
+    return common.with_text(inputs, model)
 
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -137,15 +134,9 @@ def test_null_text_of_any_length() -> None:
         build("text", null_condition=False)(inputs["hidden_states"], 1.0)
 
 
-def test_row_without_text_is_the_null_text() -> None:
-    model = common.randomise(build("text")).eval()
-    inputs = make_inputs(model)
-    inputs["encoder_attention_mask"][1] = False
-    with torch.no_grad():
-        mixed = model(**inputs).sample
-        null = model(inputs["hidden_states"], inputs["timestep"]).sample
-    torch.testing.assert_close(mixed[1], null[1], rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(mixed[0], null[0], atol=1e-4)
+def test_text() -> None:
+    model = build("text")
+    common.check_text(model, make_inputs(model))
 
 
 def test_masked_text_tokens_do_not_matter() -> None:
