@@ -25,6 +25,7 @@ _HOMES = {
     "FlowSDEScheduler": "genssm.schedulers",
     "MODELS": "genssm.models",
     "TextEncoder": "genssm.models",
+    "TextToImagePipeline": "genssm.pipelines",
     "ZigMa": "genssm.models",
     "build_dataset": "genssm.data",
     "causal_conv1d": "genssm.kernels.causal_conv1d",
