@@ -80,6 +80,12 @@ class DataConfig:
     )
     flip: bool = key("mirror half of the images left to right", False)
     label: str | None = key("folder, prefix, none, or the name of a column; null takes what the kind has", None)
+    caption: str | None = key(
+        "where captions are: a column, sidecar (a.txt beside a.png), or the field of a webdataset; null reads none",
+        None,
+    )
+    num_frames: int = key("clips: frames of an item", 16)
+    frame_stride: int = key("clips: stored frames from one to the next", 1)
     download: bool = key("let torchvision fetch its data sets into path", False, resumable=True)
     vae: str | None = key("folder of a VAE: encodes images while training, decodes samples", None, resumable=True)
     latents: LatentsConfig = key("reading of stored latents", factory=LatentsConfig)

@@ -7,14 +7,28 @@ from typing import Any
 import torch
 
 from genssm.config import DataConfig
+from genssm.data.clips import ClipDataset, clips
+from genssm.data.coco import coco
 from genssm.data.images import CachedImages, ImageDataset
 from genssm.data.latents import LatentDataset, open_latents
-from genssm.data.sources import DATASETS as IMAGE_DATASETS
+from genssm.data.shards import webdataset
+from genssm.data.sources import DATASETS as FOLDERS_AND_FILES
 from genssm.data.transforms import CROPS, ImageTransform
 
+IMAGE_DATASETS = {**FOLDERS_AND_FILES, "webdataset": webdataset, "coco": coco, "clips": clips}
+CAPTION_OPTION = ("image_folder", "huggingface", "webdataset", "clips")  # readers that are told where the captions are
 DATASETS = (*IMAGE_DATASETS, "latents")
 
-__all__ = ["CROPS", "DATASETS", "CachedImages", "ImageDataset", "LatentDataset", "build_dataset", "cache_dataset"]
+__all__ = [
+    "CROPS",
+    "DATASETS",
+    "CachedImages",
+    "ClipDataset",
+    "ImageDataset",
+    "LatentDataset",
+    "build_dataset",
+    "cache_dataset",
+]
 
 
 def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset | LatentDataset:
@@ -26,7 +40,8 @@ def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset
 
     Returns:
         A map-style data set with ``num_classes``, ``class_names``, ``labels`` and items
-        ``{"pixel_values": float32 (C, H, W) in -1..1, "class_labels": int}``, or ``"latents"`` in place of the pixels.
+        ``{"pixel_values": float32 (C, H, W) in -1..1, "class_labels": int, "text": str}``, or ``"latents"`` in place of
+        the pixels; labels and text where the data have them. Clips are (F, C, H, W).
         ``dataset[i]`` is never random.
 
     Raises:
@@ -44,15 +59,24 @@ def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset
             f"data.name={config.name!r} is not a data set"
             + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(DATASETS)}")
         )
-    idle = ("resolution", "channels", "crop", "label", "download") if config.name == "latents" else ("latents",)
+    pixels_only = ("resolution", "channels", "crop", "label", "download")
+    idle = pixels_only if config.name == "latents" else ("latents",)
+    if config.name not in CAPTION_OPTION:
+        idle = (*idle, "caption")
+    if config.name != "clips":
+        idle = (*idle, "num_frames", "frame_stride")
     defaults = DataConfig(name=config.name)
     for key in idle:
         if getattr(config, key) != getattr(defaults, key):
             raise ValueError(f"data.{key} means nothing to data.name={config.name}; leave it out")
     if config.name == "latents":
         return open_latents(config.path, config.split, config.latents, flip=config.flip)
-    source = IMAGE_DATASETS[config.name](config.path, config.split, config.label, config.download)
-    return ImageDataset(source, ImageTransform(config.resolution, config.channels, config.crop, config.flip))
+    options = {"caption": config.caption} if config.name in CAPTION_OPTION else {}
+    source = IMAGE_DATASETS[config.name](config.path, config.split, config.label, config.download, **options)
+    transform = ImageTransform(config.resolution, config.channels, config.crop, config.flip)
+    if config.name == "clips":
+        return ClipDataset(source, transform, config.num_frames, config.frame_stride)
+    return ImageDataset(source, transform)
 
 
 def cache_dataset(

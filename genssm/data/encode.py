@@ -1,8 +1,8 @@
 """Encode a data set once with a VAE: ``python -m genssm.data.encode --vae VAE --out FOLDER name=image_folder path=...``
 
 The result is a folder that ``data.name: latents`` reads: ``latents.npy`` (memory-mapped, one array per split),
-``labels.npy`` and ``meta.json``. It is written beside its final place and renamed when complete; a command that was
-stopped continues where it was.
+``labels.npy``, ``captions.json`` and ``meta.json``. It is written beside its final place and renamed when complete; a
+command that was stopped continues where it was.
 """
 
 import argparse
@@ -85,6 +85,8 @@ def encode_dataset(
     latents = np.lib.format.open_memmap(part / "latents.npy", mode=mode, dtype=dtype, shape=(rows, *shape))
     if dataset.labels is not None:
         np.save(part / "labels.npy", dataset.labels)
+    if dataset.captions is not None:
+        _write_json(part / "captions.json", dataset.captions)
     bar = tqdm(total=rows, initial=done, unit="image", disable=quiet or None)
     for number, start in enumerate(range(done, rows, batch_size), 1):
         stop = min(start + batch_size, rows)
@@ -135,7 +137,7 @@ def _encode(vae: torch.nn.Module, dataset: ImageDataset, start: int, stop: int, 
     return stored.float().cpu().numpy()
 
 
-def _write_json(path: Path, value: dict) -> None:
+def _write_json(path: Path, value: object) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=2), encoding="utf-8")
     os.replace(temporary, path)
