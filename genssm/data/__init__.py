@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from genssm.config import DataConfig
+from genssm.data.captions import CLASS
 from genssm.data.clips import ClipDataset, clips
 from genssm.data.coco import coco
 from genssm.data.images import CachedImages, ImageDataset
@@ -61,7 +62,7 @@ def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset
         )
     pixels_only = ("resolution", "channels", "crop", "label", "download")
     idle = pixels_only if config.name == "latents" else ("latents",)
-    if config.name not in CAPTION_OPTION:
+    if config.name == "latents" or (config.name not in CAPTION_OPTION and config.caption != CLASS):
         idle = (*idle, "caption")
     if config.name != "clips":
         idle = (*idle, "num_frames", "frame_stride")
@@ -71,8 +72,14 @@ def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset
             raise ValueError(f"data.{key} means nothing to data.name={config.name}; leave it out")
     if config.name == "latents":
         return open_latents(config.path, config.split, config.latents, flip=config.flip)
-    options = {"caption": config.caption} if config.name in CAPTION_OPTION else {}
+    from_class = config.caption == CLASS
+    options = {"caption": config.caption} if config.name in CAPTION_OPTION and not from_class else {}
     source = IMAGE_DATASETS[config.name](config.path, config.split, config.label, config.download, **options)
+    if from_class:
+        if source.labels is None:
+            raise ValueError(f"data.caption={CLASS} names the classes, but {config.name} has no labels; set data.label")
+        captions = tuple((source.class_names[label],) for label in source.labels)
+        source = dataclasses.replace(source, captions=captions)
     transform = ImageTransform(config.resolution, config.channels, config.crop, config.flip)
     if config.name == "clips":
         return ClipDataset(source, transform, config.num_frames, config.frame_stride)

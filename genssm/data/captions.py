@@ -11,7 +11,7 @@ import numpy as np
 from genssm.training.seeding import derive, hash_integers
 
 Captions = tuple[tuple[str, ...], ...]  # of each item, at least one
-SIDECAR = "sidecar"
+SIDECAR, CLASS = "sidecar", "class"  # values of data.caption that are no column or field
 _SIDES = re.compile(r"\b(left|right|clockwise|counterclockwise|anticlockwise)(ward|wards)?\b", re.IGNORECASE)
 _DRAW = derive(0, "caption")
 

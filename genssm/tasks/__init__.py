@@ -2,14 +2,15 @@
 
 import torch
 
-from genssm.config import RunConfig
+from genssm.config import RunConfig, TextConfig
 from genssm.tasks.base import Card, Task
 from genssm.tasks.images import ImageDenoising
+from genssm.tasks.text import TextDenoising
 
 # key of genssm.models.MODELS -> what its training is
 TASKS: dict[str, type[Task]] = {"dim": ImageDenoising, "dimsum": ImageDenoising, "zigma": ImageDenoising}
 
-__all__ = ["TASKS", "Card", "ImageDenoising", "Task", "build_task"]
+__all__ = ["TASKS", "Card", "ImageDenoising", "Task", "TextDenoising", "build_task"]
 
 
 def build_task(config: RunConfig, device: torch.device) -> Task:
@@ -21,4 +22,16 @@ def build_task(config: RunConfig, device: torch.device) -> Task:
     """
     if config.model.name not in TASKS:
         raise ValueError(f"model.name={config.model.name!r}: expected one of {', '.join(TASKS)}")
-    return TASKS[config.model.name](config, device)
+    task = TASKS[config.model.name]
+    if task is ImageDenoising:
+        task = _denoising(config)
+    return task(config, device)
+
+
+def _denoising(config: RunConfig) -> type[Task]:
+    """What a denoiser's arguments make of its training."""
+    if config.model.args.get("context_dim"):
+        return TextDenoising
+    if config.text != TextConfig():
+        raise ValueError("the section text is for models that read text; set model.args.context_dim or leave it out")
+    return ImageDenoising

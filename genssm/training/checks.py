@@ -80,7 +80,16 @@ def check_fit(
     has_null = getattr(model, "null_class_label", None) is not None
     if config.train.class_dropout_prob and not has_null:
         raise ValueError("train.class_dropout_prob drops labels to the null class, but the model has none; set it to 0")
-    if config.log.guidance_scale != 1 and not (has_null and config.train.class_dropout_prob):
+    has_null_text = getattr(model, "has_null_text", False)
+    if config.text.dropout_prob and not has_null_text:
+        raise ValueError("text.dropout_prob drops captions to the null text, but the model has none; set it to 0")
+    reads = bool(model.config.get("context_dim"))
+    if config.log.guidance_scale != 1 and reads and not config.text.dropout_prob:
+        raise ValueError(
+            f"log.guidance_scale={config.log.guidance_scale} needs a null text that was trained; "
+            "set it to 1, or text.dropout_prob to 0.1"
+        )
+    if config.log.guidance_scale != 1 and not reads and not (has_null and config.train.class_dropout_prob):
         raise ValueError(
             f"log.guidance_scale={config.log.guidance_scale} needs a null class that was trained; "
             "set it to 1, or train.class_dropout_prob to 0.1"
