@@ -57,8 +57,8 @@ class CaptionTokenizer:
         library = _tokenizers()
         backend = library.Tokenizer(library.models.BPE())
         rules = library.normalizers
-        spaces = rules.Replace(library.Regex(r"\s+"), " ")
-        backend.normalizer = rules.Sequence([rules.NFKC(), rules.Lowercase(), spaces, rules.Strip()])
+        spaces, quotes = rules.Replace(library.Regex(r"\s+"), " "), rules.Replace("\u2019", "'")
+        backend.normalizer = rules.Sequence([rules.NFKC(), rules.Lowercase(), quotes, spaces, rules.Strip()])
         backend.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=True)
         backend.decoder = library.decoders.ByteLevel()
         trainer = library.trainers.BpeTrainer(

@@ -1,6 +1,5 @@
 """Denoisers that read captions, with a text encoder that is trained along, frozen, or run once beforehand."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,6 @@ from genssm.values import check_arguments
 
 LEARNED = "learned"
 DEFAULT_LENGTH = 32
-
-logger = logging.getLogger("genssm")
 
 
 class TextDenoiser(nn.Module):
@@ -132,7 +129,8 @@ class TextDenoising(ImageDenoising):
         if source is not None and (source / "tokenizer").is_dir():
             return CaptionTokenizer.from_pretrained(source / "tokenizer")
         captions = (caption for texts in self.dataset.captions for caption in texts)
-        return CaptionTokenizer.learn(captions, text.vocab_size, text.max_length or DEFAULT_LENGTH)
+        length = DEFAULT_LENGTH if text.max_length is None else text.max_length
+        return CaptionTokenizer.learn(captions, text.vocab_size, length)
 
     def start_from(self, path: str | Path) -> None:
         start_from(self.denoiser, path)
