@@ -26,6 +26,7 @@ _HOMES = {
     "MODELS": "genssm.models",
     "TextEncoder": "genssm.models",
     "TextToImagePipeline": "genssm.pipelines",
+    "VideoPipeline": "genssm.pipelines",
     "ZigMa": "genssm.models",
     "build_dataset": "genssm.data",
     "causal_conv1d": "genssm.kernels.causal_conv1d",

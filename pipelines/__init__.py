@@ -5,9 +5,10 @@ import diffusers
 from genssm.pipelines.class_conditional_image import ClassConditionalImagePipeline
 from genssm.pipelines.text_to_image import TextToImagePipeline
 from genssm.pipelines.upsampling import DiMUpsamplingPipeline
+from genssm.pipelines.video import VideoPipeline
 from genssm.registration import register_library
 
-__all__ = ["ClassConditionalImagePipeline", "DiMUpsamplingPipeline", "TextToImagePipeline"]
+__all__ = ["ClassConditionalImagePipeline", "DiMUpsamplingPipeline", "TextToImagePipeline", "VideoPipeline"]
 
 register_library()
 for _name in __all__:

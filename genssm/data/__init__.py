@@ -8,7 +8,7 @@ import torch
 
 from genssm.config import DataConfig
 from genssm.data.captions import CLASS
-from genssm.data.clips import ClipDataset, clips
+from genssm.data.clips import ClipDataset, clips, moving_digits
 from genssm.data.coco import coco
 from genssm.data.images import CachedImages, ImageDataset
 from genssm.data.latents import LatentDataset, open_latents
@@ -16,9 +16,10 @@ from genssm.data.shards import webdataset
 from genssm.data.sources import DATASETS as FOLDERS_AND_FILES
 from genssm.data.transforms import CROPS, ImageTransform
 
-IMAGE_DATASETS = {**FOLDERS_AND_FILES, "webdataset": webdataset, "coco": coco, "clips": clips}
+IMAGE_DATASETS = {**FOLDERS_AND_FILES, "webdataset": webdataset, "coco": coco}
+CLIP_DATASETS = {"clips": clips, "moving_digits": moving_digits}
 CAPTION_OPTION = ("image_folder", "huggingface", "webdataset", "clips")  # readers that are told where the captions are
-DATASETS = (*IMAGE_DATASETS, "latents")
+DATASETS = (*IMAGE_DATASETS, *CLIP_DATASETS, "latents")
 
 __all__ = [
     "CROPS",
@@ -64,7 +65,7 @@ def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset
     idle = pixels_only if config.name == "latents" else ("latents",)
     if config.name == "latents" or (config.name not in CAPTION_OPTION and config.caption != CLASS):
         idle = (*idle, "caption")
-    if config.name != "clips":
+    if config.name not in CLIP_DATASETS:
         idle = (*idle, "num_frames", "frame_stride")
     defaults = DataConfig(name=config.name)
     for key in idle:
@@ -74,14 +75,16 @@ def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset
         return open_latents(config.path, config.split, config.latents, flip=config.flip)
     from_class = config.caption == CLASS
     options = {"caption": config.caption} if config.name in CAPTION_OPTION and not from_class else {}
-    source = IMAGE_DATASETS[config.name](config.path, config.split, config.label, config.download, **options)
+    source = (IMAGE_DATASETS | CLIP_DATASETS)[config.name](
+        config.path, config.split, config.label, config.download, **options
+    )
     if from_class:
         if source.labels is None:
             raise ValueError(f"data.caption={CLASS} names the classes, but {config.name} has no labels; set data.label")
         captions = tuple((source.class_names[label],) for label in source.labels)
         source = dataclasses.replace(source, captions=captions)
     transform = ImageTransform(config.resolution, config.channels, config.crop, config.flip)
-    if config.name == "clips":
+    if config.name in CLIP_DATASETS:
         return ClipDataset(source, transform, config.num_frames, config.frame_stride)
     return ImageDataset(source, transform)
 

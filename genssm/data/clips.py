@@ -7,11 +7,12 @@ import numpy as np
 from PIL import Image
 
 from genssm.data.images import ImageDataset
-from genssm.data.sources import EXTENSIONS, Source, choose_label, class_labels, open_folder, read_captions
+from genssm.data.sources import EXTENSIONS, Source, choose_label, class_labels, digits, open_folder, read_captions
 from genssm.data.transforms import ImageTransform
 from genssm.data.video import CLIPS, Clip
 from genssm.training.seeding import derive, hash_integers
 
+WAYS = ("right", "left", "down", "up")
 _CUT = derive(0, "clip")
 
 
@@ -41,6 +42,29 @@ def clips(path: str | None, split: str, label: str | None, download: bool, capti
     return Source(lambda i: Clip(found[i]), len(found), labels, names, lambda i: str(found[i]), captions)
 
 
+def moving_digits(path: str | None, split: str, label: str | None, download: bool) -> Source:
+    """The digits of scikit-learn moving across 16x16 pixels, one pixel per frame for nine frames, to try things out.
+
+    The class is where a digit goes: "right", "left", "down" or "up"; digit i of the data set goes to place i modulo 4.
+    """
+    still = digits(None, split, None, download)
+
+    def read(index: int) -> list[Image.Image]:
+        digit = still.read(index)
+        way = index % len(WAYS)
+        frames = []
+        for step in range(9) if way % 2 == 0 else range(8, -1, -1):
+            frame = Image.new("L", (16, 16))
+            frame.paste(digit, (step, 4) if way < 2 else (4, step))
+            frames.append(frame)
+        return frames
+
+    labels = None if label == "none" else np.arange(still.count) % len(WAYS)
+    if label not in (None, "none"):
+        raise ValueError(f"data.label={label!r}: moving_digits has its classes, or none")
+    return Source(read, still.count, labels, () if labels is None else WAYS)
+
+
 def list_clips(root: Path) -> list[Path]:
     """All clips below ``root``, sorted by relative path: folders that hold images, and files of clips.
 
@@ -63,7 +87,7 @@ class ClipDataset(ImageDataset):
     All frames of a clip are cropped and mirrored alike.
 
     Args:
-        source: its ``read`` gives :class:`genssm.data.video.Clip`.
+        source: its ``read`` gives :class:`genssm.data.video.Clip`, or a list of images.
         transform: of every frame.
         num_frames: F.
         stride: frames from one to the next.
@@ -88,7 +112,7 @@ class ClipDataset(ImageDataset):
         """Whether the pixels depend on the key: a random crop, or clips that are longer than needed."""
         return super().is_random or any(len(self.source.read(i)) > self.span for i in range(len(self)))
 
-    def arrange(self, stored: Clip | Image.Image, key: int | None) -> np.ndarray:
+    def arrange(self, stored: Clip | list[Image.Image], key: int | None) -> np.ndarray:
         """uint8 (F, C, H, W) of a clip."""
         spare = len(stored) - self.span
         if spare < 0:

@@ -6,11 +6,21 @@ from genssm.config import RunConfig, TextConfig
 from genssm.tasks.base import Card, Task
 from genssm.tasks.images import ImageDenoising
 from genssm.tasks.text import TextDenoising
+from genssm.tasks.video import TextVideoDenoising, VideoDenoising
 
 # key of genssm.models.MODELS -> what its training is
 TASKS: dict[str, type[Task]] = {"dim": ImageDenoising, "dimsum": ImageDenoising, "zigma": ImageDenoising}
 
-__all__ = ["TASKS", "Card", "ImageDenoising", "Task", "TextDenoising", "build_task"]
+__all__ = [
+    "TASKS",
+    "Card",
+    "ImageDenoising",
+    "Task",
+    "TextDenoising",
+    "TextVideoDenoising",
+    "VideoDenoising",
+    "build_task",
+]
 
 
 def build_task(config: RunConfig, device: torch.device) -> Task:
@@ -30,8 +40,9 @@ def build_task(config: RunConfig, device: torch.device) -> Task:
 
 def _denoising(config: RunConfig) -> type[Task]:
     """What a denoiser's arguments make of its training."""
+    video = bool(config.model.args.get("num_frames"))
     if config.model.args.get("context_dim"):
-        return TextDenoising
+        return TextVideoDenoising if video else TextDenoising
     if config.text != TextConfig():
         raise ValueError("the section text is for models that read text; set model.args.context_dim or leave it out")
-    return ImageDenoising
+    return VideoDenoising if video else ImageDenoising

@@ -20,6 +20,8 @@ from genssm.training.samples import draw_images, grid_columns
 class ImageDenoising(Task):
     """Flow matching or diffusion of images, on the objectives of :mod:`genssm.training.objectives`."""
 
+    reads_text = False
+
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         super().__init__(config, device)
         self.dataset = build_dataset(config.data)
@@ -32,7 +34,7 @@ class ImageDenoising(Task):
         self.encodes = self.vae is not None and not stored  # images become latents while training
         self.item_shape = tuple(self.dataset.item_shape)  # of what the model sees
         if self.encodes:
-            self.item_shape = tuple(encode_images(self.vae, torch.zeros(1, *self.item_shape, device=device)).shape[1:])
+            self.item_shape = tuple(self.encode(torch.zeros(1, *self.item_shape, device=device)).shape[1:])
         check_fit(config, self.denoiser, self.dataset, self.item_shape, decodes=self.vae is not None or not stored)
         self.num_classes = self.denoiser.config.num_classes
 
@@ -56,10 +58,14 @@ class ImageDenoising(Task):
     def loss(self, model: nn.Module, batch: dict[str, Any], numbers: Tensors) -> torch.Tensor:
         clean = batch[self.dataset.tensor_name]
         if self.encodes:
-            clean = encode_images(self.vae, clean, numbers["vae_noise"])
+            clean = self.encode(clean, numbers["vae_noise"])
         return self.objective.loss(
             model, clean, noise=numbers["noise"], timesteps=numbers["timesteps"], **self.conditions(batch, numbers)
         )  # (B,)
+
+    def encode(self, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Latents of pixels (B, C, H, W); without noise their mean."""
+        return encode_images(self.vae, pixels, noise)
 
     def conditions(self, batch: dict[str, Any], numbers: Tensors) -> Tensors:
         """Further arguments of the model for a batch, (B, ...) each."""

@@ -79,6 +79,8 @@ class TextDenoiser(nn.Module):
 class TextDenoising(ImageDenoising):
     """Flow matching or diffusion of images under captions; a share of them is replaced by the null text."""
 
+    reads_text = True
+
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         check_text_options(config.text)
         super().__init__(config, device)

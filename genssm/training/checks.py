@@ -70,8 +70,6 @@ def check_fit(
     frames = model.config.get("num_frames", 0)
     if (item_shape[0] if len(item_shape) == 4 else 0) != frames:
         raise ValueError(f"an item is {item_shape} but model.args.num_frames is {frames}; video items are (F, C, H, W)")
-    if frames and config.log.sample_every:
-        raise ValueError("there is no video pipeline to draw samples with; set log.sample_every=0")
     classes, labels = model.config.get("num_classes", 0), dataset.num_classes
     if classes and not labels:
         raise ValueError(f"model.args.num_classes is {classes} but the data have no labels; set it to 0, or data.label")

