@@ -8,6 +8,9 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
+from genssm.config import DataConfig
+from genssm.data import build_dataset
+from genssm.data.encode import encode_dataset
 from genssm.pipelines import VideoPipeline
 from genssm.training.checkpoint import resolve_pipeline
 from tests.training.conftest import ROOT, largest_difference, metrics, run_train, weights
@@ -58,8 +61,21 @@ def test_latents_of_frames(tmp_path: Path) -> None:
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
     ).save_pretrained(tmp_path / "vae")  # fmt: skip
-    options = (f"data.vae={tmp_path / 'vae'}", "data.channels=3", "model.args.sample_size=8", "model.args.in_channels=4",
-               "model.args.patch_size=2", "log.sample_every=4")  # fmt: skip
+    options = (
+        f"data.vae={tmp_path / 'vae'}", "data.channels=3", "model.args.sample_size=8", "model.args.in_channels=4",
+        "model.args.patch_size=2", "log.sample_every=4",
+    )  # fmt: skip
     run = run_train(tmp_path / "run", *SHORT, *options, flags=("--quiet", *VIDEO))
     grid = np.asarray(Image.open(run / "samples" / "step_0000004.png"))
     assert grid.ndim == 3 and grid.std() > 1
+    data = DataConfig(name="moving_digits", channels=3, num_frames=4, frame_stride=2)
+    with pytest.raises(ValueError, match="clips are stored as samples"):
+        encode_dataset(data, str(tmp_path / "vae"), tmp_path / "x", quiet=True)
+    stored = encode_dataset(data, str(tmp_path / "vae"), tmp_path / "stored", form="sample", batch_size=256, quiet=True)
+    latents = build_dataset(name="latents", path=str(stored))
+    assert latents.item_shape == (4, 4, 8, 8) and latents.num_classes == 4
+    with torch.no_grad():
+        vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
+        third = build_dataset(data)[7]["pixel_values"][2:3]
+        expected = vae.encode(third).latent_dist.mean[0] * vae.config.scaling_factor
+    torch.testing.assert_close(latents[7]["latents"][2], expected, rtol=1e-2, atol=1e-2)
