@@ -247,20 +247,26 @@ def load_published(
     return model.eval(), report
 
 
-def write_pipeline(name: str, model: ModelMixin, out: str | Path, vae: str | Path | None = None) -> None:
+def write_pipeline(
+    name: str, model: ModelMixin, out: str | Path, vae: str | Path | None = None, text_encoder: str | None = None
+) -> None:
     """Write a diffusers folder in one step: it appears complete under its name, or not at all.
 
-    Class-conditional and unconditional image models become a :class:`ClassConditionalImagePipeline`. Text and video
-    models have no pipeline of their own: of those, the folders ``denoiser/`` and ``scheduler/`` are written.
+    Class-conditional and unconditional image models become a :class:`ClassConditionalImagePipeline`, models that read
+    text a :class:`TextToImagePipeline` and models of video a :class:`VideoPipeline`; these two read padding tokens too,
+    as the released code does.
 
     Args:
         name: key of :data:`PUBLISHED`.
         model: the denoiser.
         out: folder to write; must not exist.
         vae: folder of a diffusers VAE to put in.
+        text_encoder: text encoder to put in, see :func:`genssm.text.load_frozen_encoder`; without one, calls give
+            embeddings.
 
     Raises:
         FileExistsError: ``out`` exists.
+        ValueError: a text encoder for a model that reads no text.
     """
     out = Path(out)
     if out.exists():
@@ -268,7 +274,7 @@ def write_pipeline(name: str, model: ModelMixin, out: str | Path, vae: str | Pat
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        _save(PUBLISHED[name], model, partial, vae)
+        _save(PUBLISHED[name], model, partial, vae, text_encoder)
         partial.chmod(0o755)
         os.rename(partial, out)
     except BaseException:
@@ -276,22 +282,24 @@ def write_pipeline(name: str, model: ModelMixin, out: str | Path, vae: str | Pat
         raise
 
 
-def _has_pipeline(model: ModelMixin) -> bool:
-    return not (model.config.get("context_dim") or model.config.get("num_frames"))
+def _save(
+    published: Published, model: ModelMixin, folder: Path, vae: str | Path | None, text_encoder: str | None
+) -> None:
+    from diffusers import AutoModel
 
+    from genssm.pipelines import ClassConditionalImagePipeline, TextToImagePipeline, VideoPipeline
+    from genssm.text import load_frozen_encoder
 
-def _save(published: Published, model: ModelMixin, folder: Path, vae: str | Path | None) -> None:
-    scheduler = published.scheduler()
-    if _has_pipeline(model):
-        from diffusers import AutoModel
-
-        from genssm.pipelines import ClassConditionalImagePipeline
-
-        vae = None if vae is None else AutoModel.from_pretrained(vae)
-        ClassConditionalImagePipeline(denoiser=model, scheduler=scheduler, vae=vae).save_pretrained(folder)
-    else:
-        model.save_pretrained(folder / "denoiser")
-        scheduler.save_pretrained(folder / "scheduler")
+    parts: dict[str, Any] = {"vae": None if vae is None else AutoModel.from_pretrained(vae)}
+    reads, video = bool(model.config.get("context_dim")), bool(model.config.get("num_frames"))
+    if text_encoder is not None:
+        if not reads:
+            raise ValueError("--text-encoder is for models that read text, and this one has none (context_dim is 0)")
+        parts["tokenizer"], parts["text_encoder"] = load_frozen_encoder(text_encoder)
+    if reads:
+        parts["read_padding"] = True
+    kind = VideoPipeline if video else TextToImagePipeline if reads else ClassConditionalImagePipeline
+    kind(denoiser=model, scheduler=published.scheduler(), **parts).save_pretrained(folder)
     (folder / "README.md").write_text(
         f"# Converted weights\n\nFrom: {published.origin}.\nThe terms of the source apply to these weights.\n"
         f"Model: `{type(model).__name__}`, {sum(p.numel() for p in model.parameters()):,} parameters.\n"
@@ -339,6 +347,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="part of a nested checkpoint; by default the first of these that is there",
     )
     parser.add_argument("--vae", help="folder of a diffusers VAE to put into the pipeline")
+    parser.add_argument("--text-encoder", help="folder or Hub name of the text encoder (ZigMa: CLIP ViT-L/14)")
     parser.add_argument("--allow-missing", action="store_true", help="write even if keys do not fit")
     return parser.parse_args(arguments)
 
@@ -354,11 +363,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not report.complete and not args.allow_missing:
         print("nothing written: the checkpoint does not fit this configuration (--allow-missing writes anyway)")
         return 1
-    write_pipeline(args.model, model, args.out, args.vae)
+    write_pipeline(args.model, model, args.out, args.vae, args.text_encoder)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters written to {args.out}")
-    if not _has_pipeline(model):
-        cls = type(model).__name__
-        print(f"no pipeline for this kind of model; load it with genssm.{cls}.from_pretrained('{args.out}/denoiser')")
     return 0
 
 

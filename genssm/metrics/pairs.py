@@ -16,12 +16,12 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-import genssm.pipelines  # noqa: F401  makes our pipeline classes known to diffusers
 from genssm import errors
 from genssm.config import DataConfig, load_data_config
 from genssm.data import ImageDataset, build_dataset
 from genssm.metrics.generated import model_facts
 from genssm.metrics.report import versions
+from genssm.pipelines import TextToImagePipeline
 from genssm.schedulers import SCHEDULER_NAMES, swap_scheduler
 from genssm.training.checkpoint import resolve_pipeline
 from genssm.training.samples import make_grid
@@ -168,7 +168,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected at least 1")
     folder = resolve_pipeline(options.model)
     pipe = DiffusionPipeline.from_pretrained(folder)
-    if not hasattr(pipe, "encode_prompt"):
+    if not isinstance(pipe, TextToImagePipeline):
         raise ValueError(f"{folder} holds a {type(pipe).__name__}, which draws no texts")
     if options.scheduler:
         pipe.scheduler = swap_scheduler(pipe.scheduler, options.scheduler)
