@@ -111,6 +111,8 @@ class TextDenoising(ImageDenoising):
         width = denoiser.config.context_dim
         if self.dataset.captions is None:
             raise ValueError(f"the model reads text (context_dim {width}) but the data have none; set data.caption")
+        if denoiser.config.num_classes:
+            raise ValueError("a model of captions is drawn without classes; set model.args.num_classes=0")
         if not self.learned:
             self.tokenizer, self.text_encoder = load_frozen_encoder(text.encoder, text.max_length)
             found = self.text_encoder.config.hidden_size

@@ -64,9 +64,9 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 def test_command(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run, data = folders
     report, picture = tmp_path / "pairs.json", tmp_path / "pairs.png"
-    options = ["--model", str(run), "--split", "train", "test", "--samples", "2", "--num-inference-steps", "2",
-               "--guidance-scale", "1.5", "--device", "cpu", "--report", str(report), "--picture", str(picture)]  # fmt: skip
-    pairs.main(options)
+    how = ["--samples", "2", "--num-inference-steps", "2", "--guidance-scale", "1.5", "--device", "cpu"]
+    where = ["--report", str(report), "--picture", str(picture)]
+    pairs.main(["--model", str(run), "--split", "train", "test", *how, *where])
     found = json.loads(report.read_text())
     printed = capsys.readouterr().out
     assert "train                   2" in printed and "test                    1" in printed

@@ -93,6 +93,15 @@ def test_every_parameter_learns(tokenizer: CaptionTokenizer) -> None:
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
 
 
+def test_compiles_to_one_graph(tokenizer: CaptionTokenizer) -> None:
+    encoder = make_encoder(tokenizer)
+    expected = encoder(*tokenizer(CAPTIONS)).pooler_output
+    torch._dynamo.reset()
+    encoder.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    found = encoder(*tokenizer(CAPTIONS)).pooler_output
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

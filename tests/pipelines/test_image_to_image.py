@@ -14,6 +14,7 @@ from genssm.schedulers import SCHEDULER_NAMES, swap_scheduler
 from genssm.training.objectives import DiffusionObjective, FlowObjective
 from tests.pipelines.conftest import make_denoiser
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
 MakePipe = Callable[..., ClassConditionalImagePipeline]
 FLOW = ("euler", "heun", "ddim", "sde", "dpmsolver++", "dpmsolver++-singlestep", "unipc")
 PICTURE = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(3))

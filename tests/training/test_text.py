@@ -190,6 +190,7 @@ def test_a_run_that_starts_from_another_keeps_its_tokenizer(straight: Path, tmp_
     ("overrides", "error", "message"),
     [
         (("data.caption=null",), ValueError, "the data have none; set data.caption"),
+        (("model.args.num_classes=10",), ValueError, "is drawn without classes"),
         (("data.caption=sidecar",), ValueError, "data.caption means nothing to data.name=digits"),
         (("text.dropout_prob=1.5",), ValueError, "text.dropout_prob is 1.5"),
         (("text.dropout_prob=0",), ValueError, "needs a null text that was trained"),
