@@ -14,6 +14,7 @@ from genssm.data.images import CachedImages, ImageDataset
 from genssm.data.latents import LatentDataset, open_latents
 from genssm.data.shards import webdataset
 from genssm.data.sources import DATASETS as FOLDERS_AND_FILES
+from genssm.data.sources import Source
 from genssm.data.transforms import CROPS, ImageTransform
 
 IMAGE_DATASETS = {**FOLDERS_AND_FILES, "webdataset": webdataset, "coco": coco}
@@ -61,32 +62,42 @@ def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset
             f"data.name={config.name!r} is not a data set"
             + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(DATASETS)}")
         )
-    pixels_only = ("resolution", "channels", "crop", "label", "download")
-    idle = pixels_only if config.name == "latents" else ("latents",)
-    if config.name == "latents" or (config.name not in CAPTION_OPTION and config.caption != CLASS):
-        idle = (*idle, "caption")
-    if config.name not in CLIP_DATASETS:
-        idle = (*idle, "num_frames", "frame_stride")
-    defaults = DataConfig(name=config.name)
-    for key in idle:
-        if getattr(config, key) != getattr(defaults, key):
-            raise ValueError(f"data.{key} means nothing to data.name={config.name}; leave it out")
+    _refuse_idle_keys(config)
     if config.name == "latents":
         return open_latents(config.path, config.split, config.latents, flip=config.flip)
-    from_class = config.caption == CLASS
-    options = {"caption": config.caption} if config.name in CAPTION_OPTION and not from_class else {}
-    source = (IMAGE_DATASETS | CLIP_DATASETS)[config.name](
-        config.path, config.split, config.label, config.download, **options
-    )
-    if from_class:
-        if source.labels is None:
-            raise ValueError(f"data.caption={CLASS} names the classes, but {config.name} has no labels; set data.label")
-        captions = tuple((source.class_names[label],) for label in source.labels)
-        source = dataclasses.replace(source, captions=captions)
+    source = _open_source(config)
     transform = ImageTransform(config.resolution, config.channels, config.crop, config.flip)
     if config.name in CLIP_DATASETS:
         return ClipDataset(source, transform, config.num_frames, config.frame_stride)
     return ImageDataset(source, transform)
+
+
+def _refuse_idle_keys(config: DataConfig) -> None:
+    """Refuse keys that the kind of data set would ignore."""
+    latents = config.name == "latents"
+    idle = ["resolution", "channels", "crop", "label", "download"] if latents else ["latents"]
+    if latents or (config.name not in CAPTION_OPTION and config.caption != CLASS):
+        idle += ["caption"]
+    if config.name not in CLIP_DATASETS:
+        idle += ["num_frames", "frame_stride"]
+    defaults = DataConfig(name=config.name)
+    for key in idle:
+        if getattr(config, key) != getattr(defaults, key):
+            raise ValueError(f"data.{key} means nothing to data.name={config.name}; leave it out")
+
+
+def _open_source(config: DataConfig) -> Source:
+    """What the reader of the kind finds, with the captions asked for."""
+    read = (IMAGE_DATASETS | CLIP_DATASETS)[config.name]
+    told = config.name in CAPTION_OPTION and config.caption != CLASS
+    options = {"caption": config.caption} if told else {}
+    source = read(config.path, config.split, config.label, config.download, **options)
+    if config.caption != CLASS:
+        return source
+    if source.labels is None:
+        raise ValueError(f"data.caption={CLASS} names the classes, but {config.name} has no labels; set data.label")
+    captions = tuple((source.class_names[label],) for label in source.labels)
+    return dataclasses.replace(source, captions=captions)
 
 
 def cache_dataset(

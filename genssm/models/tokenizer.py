@@ -108,6 +108,7 @@ class CaptionTokenizer:
 
         Raises:
             FileNotFoundError: the folder holds none.
+            ValueError: it is a tokenizer of another library.
             ImportError: the package tokenizers is missing.
         """
         folder = Path(folder)
@@ -115,4 +116,6 @@ class CaptionTokenizer:
         if missing:
             raise FileNotFoundError(f"{folder} holds no tokenizer: {' and '.join(missing)} missing")
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        if config.get("tokenizer_class") != cls.__name__:
+            raise ValueError(f"{folder} holds a {config.get('tokenizer_class')}; expected a {cls.__name__}")
         return cls(_tokenizers().Tokenizer.from_file(str(folder / _FILE)), config["model_max_length"])

@@ -122,6 +122,13 @@ def test_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
         CaptionTokenizer.from_pretrained(tmp_path)
 
 
+def test_tokenizer_of_another_library_is_refused(tokenizer: CaptionTokenizer, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}')
+    with pytest.raises(ValueError, match="holds a CLIPTokenizer; expected a CaptionTokenizer"):
+        CaptionTokenizer.from_pretrained(tmp_path)
+
+
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r"pip install genssm\[text\]"):
