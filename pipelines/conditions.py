@@ -135,7 +135,7 @@ class TextConditions:
     ) -> int:
         """Number of samples of a call, whose texts fit each other."""
         if per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt is {per_prompt}; expected at least 1")
+            raise ValueError(f"{per_prompt} samples of each prompt are asked for; expected at least 1")
         count = self._check_text(prompt, *embeds)
         if negative_prompt is None and negative_embeds[0] is None:
             if negative_embeds[1] is not None:

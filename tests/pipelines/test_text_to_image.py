@@ -264,7 +264,7 @@ def test_runs_on_every_device(device: torch.device) -> None:
         ({"prompt": "a", "negative_prompt": "b"}, "set guidance_scale above 1"),
         ({"prompt": ["a"] * 3, "negative_prompt": ["b"] * 2, "guidance_scale": 2.0}, "2 negative prompts for 3"),
         ({"prompt": "a", "negative_prompt_attention_mask": torch.ones(1, 4)}, "belongs to negative_prompt_embeds"),
-        ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"prompt": "a", "num_images_per_prompt": 0}, "0 samples of each prompt"),
         ({"prompt": "a", "generator": generators(range(2))}, "2 generators for 1 images"),
         ({"prompt": "a", "output_type": "jpeg"}, "output_type is 'jpeg'"),
     ],
