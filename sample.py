@@ -1,8 +1,9 @@
-"""Draw images from a run or a pipeline folder: ``python sample.py --model runs/digits --out images``.
+"""Draw images or clips from a run or a pipeline folder: ``python sample.py --model runs/digits --out images``.
 
-Image i starts from the noise of a generator seeded ``--seed`` + i and gets the label number i of ``--class-labels``,
-over and over. It does not depend on the batch size or on the number of processes, so the same command under
-``accelerate launch`` or ``torchrun`` writes the same files, faster; and a broken-off one goes on where it stopped.
+Image i starts from the noise of a generator seeded ``--seed`` + i and gets the label number i of ``--class-labels``, or
+the text number i of ``--prompt``, over and over. It does not depend on the batch size or on the number of processes, so
+the same command under ``accelerate launch`` or ``torchrun`` writes the same files, faster; and a broken-off one goes on
+where it stopped.
 """
 
 import genssm.threads  # isort: skip - before torch
@@ -10,6 +11,7 @@ import argparse
 import hashlib
 import inspect
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from tqdm import tqdm
 
 import genssm.pipelines  # noqa: F401  makes our pipeline classes known to diffusers
 from genssm import env
+from genssm.data.video import Clip, write_clip
 from genssm.errors import cli
 from genssm.kernels import dispatch
 from genssm.metrics.generated import sampler_settings
@@ -34,6 +37,7 @@ from genssm.training.samples import grid_columns, make_grid
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD, PARTIAL = "samples.json", ".partial-"
+VIDEO_FORMATS = {"gif": ".gif", "mp4": ".mp4", "npy": ".npy", "frames": ""}  # name -> suffix; frames are a folder
 CALL = ("height", "width", "num_inference_steps", "guidance_scale", "guidance_interval", "guidance_rescale",
         "guidance_power", "temperature", "top_k", "top_p")  # fmt: skip
 # CALL: arguments of pipelines that are options of the same name; a pipeline gets those that it knows.
@@ -52,7 +56,9 @@ def parse_args() -> argparse.Namespace:
     what = parser.add_argument_group("what to draw")
     what.add_argument("--model", required=True, help="run (its newest checkpoint), checkpoint or pipeline folder")
     what.add_argument("--class-labels", nargs="+", metavar="LABEL", help='indices or names, or "all" (the default)')
-    what.add_argument("--num-images", type=positive, help="default: one for each label; 16 without classes")
+    what.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts, for a model that reads text")
+    what.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from; default: no text")
+    what.add_argument("--num-images", type=positive, help="default: one for each label or text; 16 without")
     what.add_argument("--seed", type=int, default=0, help="seed of image 0; image i has seed + i (default: 0)")
     what.add_argument("--height", type=int, help="pixels; default: what the model was made for")
     what.add_argument("--width", type=int)
@@ -74,6 +80,8 @@ def parse_args() -> argparse.Namespace:
     )
     where = parser.add_argument_group("where")
     where.add_argument("--out", required=True, type=Path, help="folder for 000000.png, 000001.png, ... and " + RECORD)
+    where.add_argument("--video-format", choices=VIDEO_FORMATS, default="gif", help="of clips (default: gif)")
+    where.add_argument("--fps", type=float, default=8.0, help="frames per second of clips (default: 8)")
     where.add_argument("--grid", type=Path, help="also one picture of all images, small ones enlarged")
     where.add_argument("--upscale", type=positive, help="enlarge the images of --grid by this factor")
     where.add_argument("--overwrite", action="store_true", help="replace images that other settings have made")
@@ -113,8 +121,30 @@ def has_scheduler(pipe: DiffusionPipeline) -> bool:
     return "scheduler" in pipe.components
 
 
+def is_video(pipe: DiffusionPipeline) -> bool:
+    """Whether the pipeline makes clips."""
+    return bool(pipe.denoiser.config.get("num_frames"))
+
+
+def choose_texts(pipe: DiffusionPipeline, args: argparse.Namespace) -> dict:
+    """Texts to go through and to lead away from, as far as they are given; refuses what does not fit the model."""
+    reads = bool(pipe.denoiser.config.get("context_dim"))
+    if reads and "prompt" not in known(pipe):
+        raise ValueError(f"a {type(pipe).__name__} takes texts as prompt_embeds only; call it from Python")
+    if reads and (args.prompt is None or args.class_labels is not None):
+        raise ValueError("this model reads text; give --prompt and no --class-labels")
+    if not reads and (args.prompt is not None or args.negative_prompt is not None):
+        raise ValueError("this model reads no text; leave --prompt and --negative-prompt out")
+    if not reads:
+        return {}
+    negative = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
+    return {"prompt": args.prompt, **negative}
+
+
 def choose_labels(pipe: DiffusionPipeline, given: list[str] | None) -> list[int] | None:
     """Indices of the classes to go through, None for a model without classes."""
+    if pipe.denoiser.config.get("context_dim"):
+        return None
     classes = pipe.denoiser.config.get("num_classes", 0)
     if given == ["all"] or (given is None and classes):
         given = list(range(classes))
@@ -132,13 +162,17 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def describe(args: argparse.Namespace, folder: Path, pipe: DiffusionPipeline, labels: list[int] | None) -> dict:
+def describe(
+    args: argparse.Namespace, folder: Path, pipe: DiffusionPipeline, labels: list[int] | None, texts: dict
+) -> dict:
     """Everything that decides the images: two runs with equal settings on equal machines make equal files."""
     device = pipe.device
     return {
         "pipeline_sha256": fingerprint(folder),
         "seed": args.seed,
         "class_labels": labels,
+        **texts,
+        **({"video_format": args.video_format, "fps": args.fps} if is_video(pipe) else {}),
         "scheduler": sampler_settings(pipe),
         "ode_solver": args.ode_solver and {"method": args.ode_solver, "rtol": args.ode_rtol, "atol": args.ode_atol},
         **{key: getattr(args, key) for key in CALL if key in known(pipe)},
@@ -149,11 +183,17 @@ def describe(args: argparse.Namespace, folder: Path, pipe: DiffusionPipeline, la
     }
 
 
+def made(out: Path) -> list[Path]:
+    """The images and clips in ``out``."""
+    files = [path for path in out.glob("[0-9]*.*") if path.suffix in (".png", *VIDEO_FORMATS.values())]
+    return files + [path for path in out.glob("[0-9]" * 6) if path.is_dir()]
+
+
 def check_folder(out: Path, settings: dict, overwrite: bool) -> bool:
     """Whether images that lie in ``out`` may stay; refuses those of other settings unless they may be replaced."""
     if overwrite or not out.exists():
         return False
-    images = list(out.glob("[0-9]*.png"))
+    images = made(out)
     record = out / RECORD
     found = json.loads(record.read_text())["settings"] if record.is_file() else {}
     if not images or found == settings:
@@ -168,8 +208,16 @@ def check_folder(out: Path, settings: dict, overwrite: bool) -> bool:
 def write(path: Path, save: Callable[[Path], None]) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(PARTIAL + path.name)
+    remove(partial)
     save(partial)
     partial.replace(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or the folder of a clip's frames."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def prepare(args: argparse.Namespace, record: dict, state: PartialState) -> list[Path]:
@@ -178,11 +226,12 @@ def prepare(args: argparse.Namespace, record: dict, state: PartialState) -> list
     state.wait_for_everyone()
     if state.is_main_process:
         args.out.mkdir(parents=True, exist_ok=True)
-        for old in (*args.out.glob(PARTIAL + "*"), *([] if keep else args.out.glob("[0-9]*.png"))):
-            old.unlink()
+        for old in (*args.out.glob(PARTIAL + "*"), *([] if keep else made(args.out))):
+            remove(old)
         write(args.out / RECORD, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
     state.wait_for_everyone()
-    files = [args.out / f"{i:06d}.png" for i in range(record["num_images"])]
+    suffix = VIDEO_FORMATS[args.video_format] if "video_format" in record["settings"] else ".png"
+    files = [args.out / f"{i:06d}{suffix}" for i in range(record["num_images"])]
     missing = [path for path in files if not path.exists()]
     state.wait_for_everyone()
     return missing
@@ -190,26 +239,42 @@ def prepare(args: argparse.Namespace, record: dict, state: PartialState) -> list
 
 def draw(pipe: DiffusionPipeline, files: list[Path], args: argparse.Namespace, settings: dict, quiet: bool) -> None:
     """Make the images with these file names, whose numbers are their places."""
-    labels = settings["class_labels"]
+    labels, prompts = settings["class_labels"], settings.get("prompt")
     call = {key: settings[key] for key in CALL if key in settings}
     if args.ode_solver:
         options = {} if args.ode_solver in FIXED_METHODS else {"rtol": args.ode_rtol, "atol": args.ode_atol}
         call |= {"ode_solver": args.ode_solver, "ode_options": options}
+    if "negative_prompt" in settings:
+        call |= {"negative_prompt": settings["negative_prompt"]}
     many = len(files) > args.batch_size  # then progress counts images, else steps
     pipe.set_progress_bar_config(disable=many or quiet)
     with tqdm(total=len(files), unit="image", disable=quiet or not many) as bar:
         for first in range(0, len(files), args.batch_size):
             batch = files[first : first + args.batch_size]
             places = [int(path.stem) for path in batch]
-            images = pipe(
-                [labels[i % len(labels)] for i in places] if labels else None,
-                num_images=len(places),
-                generator=[torch.Generator().manual_seed(args.seed + i) for i in places],
-                **call,
-            ).images
-            for path, image in zip(batch, images):
-                write(path, lambda path, image=image: image.save(path, format="PNG"))
+            call |= {"generator": [torch.Generator().manual_seed(args.seed + i) for i in places]}
+            if prompts:
+                call |= {"prompt": [prompts[i % len(prompts)] for i in places]}
+            else:
+                count = "num_videos" if is_video(pipe) else "num_images"
+                call |= {"class_labels": [labels[i % len(labels)] for i in places] if labels else None}
+                call |= {count: len(places)}
+            if is_video(pipe):
+                for path, frames in zip(batch, pipe(**call).frames):
+                    write(path, lambda path, frames=frames: write_clip(frames, path, args.fps))
+            else:
+                for path, image in zip(batch, pipe(**call).images):
+                    write(path, lambda path, image=image: image.save(path, format="PNG"))
             bar.update(len(batch))
+
+
+def draw_grid(args: argparse.Namespace, count: int, classes: int, video: bool) -> Image.Image:
+    """One picture of all images; of clips each frame, a clip in a row."""
+    if not video:
+        pictures = [Image.open(args.out / f"{i:06d}.png") for i in range(count)]
+        return make_grid(pictures, grid_columns(count, classes), args.upscale)
+    clips = [Clip(args.out / f"{i:06d}{VIDEO_FORMATS[args.video_format]}") for i in range(count)]
+    return make_grid([frame for clip in clips for frame in clip], len(clips[0]), args.upscale)
 
 
 def main() -> None:
@@ -221,10 +286,11 @@ def main() -> None:
     state = PartialState(cpu=use_cpu)
     device = torch.device(args.device) if args.device and state.num_processes == 1 else state.device
     pipe = load(folder, args, device)
+    texts = choose_texts(pipe, args)
     labels = choose_labels(pipe, args.class_labels)
     record = {
-        "settings": describe(args, folder, pipe, labels),
-        "num_images": args.num_images or (len(labels) if labels else 16),
+        "settings": describe(args, folder, pipe, labels, texts),
+        "num_images": args.num_images or len(labels or texts.get("prompt", ())) or 16,
         "model": str(args.model),
         "pipeline": str(folder),
         "command": sys.argv,
@@ -244,8 +310,7 @@ def main() -> None:
     print(f"images    {args.out} ({record['num_images']} files, {len(missing)} new)")
     if args.grid:
         args.grid.parent.mkdir(parents=True, exist_ok=True)
-        pictures = [Image.open(args.out / f"{i:06d}.png") for i in range(record["num_images"])]
-        grid = make_grid(pictures, grid_columns(len(pictures), len(labels or ())), args.upscale)
+        grid = draw_grid(args, record["num_images"], len(labels or ()), is_video(pipe))
         write(args.grid, lambda path: grid.save(path, format="PNG"))
         print(f"grid      {args.grid}")
 

@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AiM": "genssm.models",
     "AutoregressiveImagePipeline": "genssm.pipelines",
+    "CaptionTokenizer": "genssm.models",
     "ClassConditionalImagePipeline": "genssm.pipelines",
     "ContinuousDPMSolverScheduler": "genssm.single_step_solver",
     "DiM": "genssm.models",
@@ -28,7 +29,10 @@ _HOMES = {
     "MaskMamba": "genssm.models",
     "MaskedImagePipeline": "genssm.pipelines",
     "ReconstructionPipeline": "genssm.pipelines",
+    "TextEncoder": "genssm.models",
+    "TextToImagePipeline": "genssm.pipelines",
     "VQTokenizer": "genssm.models",
+    "VideoPipeline": "genssm.pipelines",
     "ZigMa": "genssm.models",
     "build_dataset": "genssm.data",
     "causal_conv1d": "genssm.kernels.causal_conv1d",

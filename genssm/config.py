@@ -93,6 +93,12 @@ class DataConfig:
     )
     flip: bool = key("mirror half of the images left to right", False)
     label: str | None = key("folder, prefix, none, or the name of a column; null takes what the kind has", None)
+    caption: str | None = key(
+        "a column, sidecar (a.txt beside a.png), class (its name), or the field of a webdataset; null: no captions",
+        None,
+    )
+    num_frames: int = key("clips: frames of an item", 16)
+    frame_stride: int = key("clips: stored frames from one to the next", 1)
     download: bool = key("let torchvision fetch its data sets into path", False, resumable=True)
     vae: str | None = key(
         "folder of a VAE or VQ tokenizer: encodes images while training, decodes samples", None, resumable=True
@@ -102,6 +108,18 @@ class DataConfig:
         "keep the decoded data set in memory or on the device", "none", resumable=True
     )
     num_workers: int = key("loader processes per training process", 0, resumable=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """What reads the captions, for a model with ``context_dim``."""
+
+    encoder: str = key("learned (trained along), or folder or Hub name of CLIP, T5, ... which stays frozen", "learned")
+    args: dict[str, Any] = key("learned: num_layers and num_heads of genssm.models.TextEncoder", factory=dict)
+    vocab_size: int = key("learned: most tokens of the tokenizer", 4096)
+    max_length: int | None = key("tokens of a caption; null: 32, or what the frozen encoder's tokenizer says", None)
+    dropout_prob: float = key("share of captions replaced by the null text", 0.0)
+    cache: str | None = key("frozen: folder that python -m genssm.data.text_states made", None, resumable=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +162,9 @@ class LogConfig:
     sample_every: int = key("steps between sample grids; 0 draws none", 500, resumable=True)
     num_samples: int = key("images per grid", 16, resumable=True)
     sample_seed: int = key("image i of a grid starts from the noise of seed sample_seed + i", 0, resumable=True)
+    prompts: list[str] = key(
+        "texts of the grid, over and over; none: captions of the data", factory=list, resumable=True
+    )
     num_inference_steps: int = key("sampler steps for grids", 50, resumable=True)
     guidance_scale: float = key("classifier-free guidance for grids; 1 is none", 1.0, resumable=True)
 
@@ -155,6 +176,7 @@ class RunConfig:
     model: ModelConfig = key("the denoiser")
     objective: ObjectiveConfig = key("the training objective", factory=ObjectiveConfig)
     data: DataConfig = key("the data set")
+    text: TextConfig = key("the text encoder", factory=TextConfig)
     train: TrainConfig = key("the optimisation", factory=TrainConfig)
     log: LogConfig = key("logging and samples", factory=LogConfig)
 
@@ -178,7 +200,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise FileNotFoundError(f"no configuration file {path}; the shipped ones are in configs/")
     values = read_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold the sections model, objective, data, train, log; got {values!r}")
+        raise ValueError(f"{path} must hold the sections model, objective, data, text, train, log; got {values!r}")
     config = _build(RunConfig, values, "", str(path), given=_apply_overrides(values, overrides))
     if config.train.output_dir is None:
         train = dataclasses.replace(config.train, output_dir=str(Path("runs") / path.stem))

@@ -273,22 +273,27 @@ def load_published(
     return model.eval(), report
 
 
-def write_pipeline(name: str, model: ModelMixin, out: str | Path, vae: Second = None) -> None:
+def write_pipeline(
+    name: str, model: ModelMixin, out: str | Path, vae: Second = None, text_encoder: str | None = None
+) -> None:
     """Write a diffusers folder in one step: it appears complete under its name, or not at all.
 
-    Class-conditional and unconditional image models become a :class:`ClassConditionalImagePipeline`, AiM an
-    :class:`AutoregressiveImagePipeline`. Text and video models have no pipeline of their own: of those, the folders
-    ``denoiser/`` and ``scheduler/`` are written. A tokenizer is written as a model's folder.
+    Class-conditional and unconditional image models become a :class:`ClassConditionalImagePipeline`, models that read
+    text a :class:`TextToImagePipeline` and models of video a :class:`VideoPipeline`; these two read padding tokens too,
+    as the released code does. AiM becomes an :class:`AutoregressiveImagePipeline`; a tokenizer of images is written as
+    a model's folder.
 
     Args:
         name: key of :data:`PUBLISHED`.
         model: the model.
         out: folder to write; must not exist.
         vae: VAE or tokenizer to put in, or its folder.
+        text_encoder: text encoder to put in, see :func:`genssm.text.load_frozen_encoder`; without one, calls give
+            embeddings.
 
     Raises:
         FileExistsError: ``out`` exists.
-        ValueError: AiM without a tokenizer.
+        ValueError: a text encoder for a model that reads no text, or AiM without a tokenizer.
     """
     out = Path(out)
     if out.exists():
@@ -296,7 +301,7 @@ def write_pipeline(name: str, model: ModelMixin, out: str | Path, vae: Second = 
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        FOLDERS[PUBLISHED[name].folder](PUBLISHED[name], model, partial, vae)
+        FOLDERS[PUBLISHED[name].folder](PUBLISHED[name], model, partial, vae, text_encoder)
         _write_card(PUBLISHED[name], model, partial)
         partial.chmod(0o755)
         os.rename(partial, out)
@@ -305,27 +310,33 @@ def write_pipeline(name: str, model: ModelMixin, out: str | Path, vae: Second = 
         raise
 
 
-def _has_pipeline(model: ModelMixin) -> bool:
-    return not (model.config.get("context_dim") or model.config.get("num_frames"))
+def _save_denoiser(
+    published: Published, model: ModelMixin, folder: Path, vae: Second, text_encoder: str | None
+) -> None:
+    from diffusers import AutoModel
+
+    from genssm.pipelines import ClassConditionalImagePipeline, TextToImagePipeline, VideoPipeline
+    from genssm.text import load_frozen_encoder
+
+    vae = AutoModel.from_pretrained(vae) if isinstance(vae, str | Path) else vae
+    parts: dict[str, Any] = {"vae": vae}
+    reads, video = bool(model.config.get("context_dim")), bool(model.config.get("num_frames"))
+    if text_encoder is not None:
+        if not reads:
+            raise ValueError("--text-encoder is for models that read text, and this one has none (context_dim is 0)")
+        parts["tokenizer"], parts["text_encoder"] = load_frozen_encoder(text_encoder)
+    if reads:
+        parts["read_padding"] = True
+    kind = VideoPipeline if video else TextToImagePipeline if reads else ClassConditionalImagePipeline
+    kind(denoiser=model, scheduler=published.scheduler(), **parts).save_pretrained(folder)
 
 
-def _save_denoiser(published: Published, model: ModelMixin, folder: Path, vae: Second) -> None:
-    scheduler = published.scheduler()
-    if _has_pipeline(model):
-        from diffusers import AutoModel
-
-        from genssm.pipelines import ClassConditionalImagePipeline
-
-        vae = AutoModel.from_pretrained(vae) if isinstance(vae, str | Path) else vae
-        ClassConditionalImagePipeline(denoiser=model, scheduler=scheduler, vae=vae).save_pretrained(folder)
-    else:
-        model.save_pretrained(folder / "denoiser")
-        scheduler.save_pretrained(folder / "scheduler")
-
-
-def _save_autoregressive(published: Published, model: ModelMixin, folder: Path, vae: Second) -> None:
+def _save_autoregressive(
+    published: Published, model: ModelMixin, folder: Path, vae: Second, text_encoder: str | None
+) -> None:
     from genssm.pipelines import AutoregressiveImagePipeline
 
+    _refuse_text_encoder(text_encoder)
     if vae is None:
         raise ValueError(
             "the checkpoint holds no tokenizer (vqvae.*); convert one with 'vq' and give its folder: --vae"
@@ -334,13 +345,19 @@ def _save_autoregressive(published: Published, model: ModelMixin, folder: Path, 
     AutoregressiveImagePipeline(model=model, vqvae=vae).save_pretrained(folder)
 
 
-def _save_model(published: Published, model: ModelMixin, folder: Path, vae: Second) -> None:
+def _save_model(published: Published, model: ModelMixin, folder: Path, vae: Second, text_encoder: str | None) -> None:
+    _refuse_text_encoder(text_encoder)
     if vae is not None:
         raise ValueError("--vae is given but a tokenizer is written alone; leave it out")
     model.save_pretrained(folder)
 
 
-FOLDERS: dict[str, Callable[[Published, ModelMixin, Path, Second], None]] = {
+def _refuse_text_encoder(text_encoder: str | None) -> None:
+    if text_encoder is not None:
+        raise ValueError("--text-encoder is for models that read text, and this one reads none; leave it out")
+
+
+FOLDERS: dict[str, Callable[[Published, ModelMixin, Path, Second, str | None], None]] = {
     "denoiser": _save_denoiser,
     "autoregressive": _save_autoregressive,
     "model": _save_model,
@@ -395,6 +412,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="part of a nested checkpoint; by default the first of these that is there",
     )
     parser.add_argument("--vae", help="folder of a diffusers VAE, or of a tokenizer, to put into the pipeline")
+    parser.add_argument("--text-encoder", help="folder or Hub name of the text encoder (ZigMa: CLIP ViT-L/14)")
     parser.add_argument("--allow-missing", action="store_true", help="write even if keys do not fit")
     return parser.parse_args(arguments)
 
@@ -415,11 +433,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not complete and not args.allow_missing:
         print("nothing written: the checkpoint does not fit this configuration (--allow-missing writes anyway)")
         return 1
-    write_pipeline(args.model, model, args.out, vae)
+    write_pipeline(args.model, model, args.out, vae, args.text_encoder)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters written to {args.out}")
-    if not _has_pipeline(model):
-        cls = type(model).__name__
-        print(f"no pipeline for this kind of model; load it with genssm.{cls}.from_pretrained('{args.out}/denoiser')")
     return 0
 
 

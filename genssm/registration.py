@@ -21,9 +21,12 @@ def register_library() -> bool:
         saving writes module paths.
     """
     try:
-        from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+        from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
     except ImportError:
         logger.warning("this diffusers has no table of loadable libraries; saved pipelines will name module paths")
         return False
-    LOADABLE_CLASSES[LIBRARY] = {"ModelMixin": list(_METHODS), "SchedulerMixin": list(_METHODS)}
+    bases = ("ModelMixin", "SchedulerMixin", "CaptionTokenizer")
+    LOADABLE_CLASSES[LIBRARY] = {base: list(_METHODS) for base in bases}
+    # Loading looks base classes up by name here, and diffusers knows no tokenizer but those of transformers.
+    ALL_IMPORTABLE_CLASSES["CaptionTokenizer"] = list(_METHODS)
     return True

@@ -6,7 +6,9 @@ from genssm.pipelines.autoregressive_image import AutoregressiveImagePipeline
 from genssm.pipelines.class_conditional_image import ClassConditionalImagePipeline
 from genssm.pipelines.masked_image import MaskedImagePipeline
 from genssm.pipelines.reconstruction import ReconstructionPipeline
+from genssm.pipelines.text_to_image import TextToImagePipeline
 from genssm.pipelines.upsampling import DiMUpsamplingPipeline
+from genssm.pipelines.video import VideoPipeline
 from genssm.registration import register_library
 
 __all__ = [
@@ -15,6 +17,8 @@ __all__ = [
     "DiMUpsamplingPipeline",
     "MaskedImagePipeline",
     "ReconstructionPipeline",
+    "TextToImagePipeline",
+    "VideoPipeline",
 ]
 
 register_library()

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from diffusers import ImagePipelineOutput, ModelMixin
 
-from genssm.pipelines.code_images import CodePipeline, guidance_scales
+from genssm.pipelines.code_images import CodePipeline, Labels, guidance_scales
 from genssm.pipelines.denoising import Generators
-from genssm.pipelines.labels import Labels
 from genssm.pipelines.token_decoding import TokenDecoder, draw_uniform
 from genssm.pipelines.token_sampling import TokenSampling
 

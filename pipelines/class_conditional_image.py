@@ -5,13 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ImagePipelineOutput, ModelMixin, SchedulerMixin
 
-from genssm.pipelines.denoising import DenoisingPipeline, Generators, Guidance, set_times
-from genssm.pipelines.labels import Label, resolve_labels
+from genssm.pipelines.conditions import Label, LabelConditions
+from genssm.pipelines.denoising import DenoisingPipeline, Generators, Guidance
+from genssm.pipelines.inputs import ImageInput
 
-Condition = dict[str, torch.Tensor]
 
-
-class ClassConditionalImagePipeline(DenoisingPipeline):
+class ClassConditionalImagePipeline(LabelConditions, DenoisingPipeline):
     """Class-conditional and unconditional generation of images, in pixels or in the latents of a VAE.
 
     Any scheduler of diffusers or of :mod:`genssm.schedulers` that fits what the denoiser predicts can be put in
@@ -45,6 +44,9 @@ class ClassConditionalImagePipeline(DenoisingPipeline):
         class_labels: Label | Sequence[Label] | torch.Tensor | None = None,
         *,
         num_images: int | None = None,
+        image: ImageInput | None = None,
+        mask_image: ImageInput | None = None,
+        strength: float | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -67,6 +69,11 @@ class ClassConditionalImagePipeline(DenoisingPipeline):
             class_labels: one label for all images or one for each, as index or name; None for an unconditional
                 denoiser, or for the null class of one with classes.
             num_images: how many; by default as many as labels, or 1.
+            image: start from this image, or one for each, instead of from noise: Pillow images, arrays (H, W, C) or
+                tensors (C, H, W) in 0..1.
+            mask_image: paint anew only where this is white.
+            strength: part of the way from noise that is walked, up to 1 (from pure noise); by default 0.8, or 1 with a
+                mask.
             num_inference_steps: steps of the scheduler, or of a fixed-step ``ode_solver``.
             guidance_scale: weight of classifier-free guidance, null + scale (class - null); 1 is none.
             guidance_interval: times, 0 data to 1 noise, between which guidance is used.
@@ -102,64 +109,15 @@ class ClassConditionalImagePipeline(DenoisingPipeline):
             callback_on_step_end_tensor_inputs, ode_solver, ode_options, callback_on_step_end,
         )  # fmt: skip
         device = self._execution_device
-        condition, null = self._conditions(labels, num_images, device)
+        condition, null = self._label_conditions(labels, num_images, device)
         shape = self._latent_shape(num_images, height, width)
-
-        if ode_solver is not None:
-            latents = self._prepare_latents(shape, generator, latents, device)  # (B, C, h, w), float32
-            latents = self._solve_ode(latents, ode_solver, num_inference_steps, ode_options or {}, condition, null)
-        else:
-            timesteps, times = set_times(self.scheduler, num_inference_steps, device)
-            latents = self._prepare_latents(shape, generator, latents, device)  # (B, C, h, w), float32
-            self._num_timesteps = len(timesteps)
-            arguments = self._step_arguments(generator)
-            with self.progress_bar(total=len(timesteps)) as bar:
-                for i, (t, time) in enumerate(zip(timesteps, times)):
-                    x = latents
-                    if hasattr(self.scheduler, "scale_model_input"):
-                        x = self.scheduler.scale_model_input(latents, t)
-                    prediction = self._predict(x, time, condition, null)
-                    latents = self.scheduler.step(prediction, t, latents, **arguments).prev_sample
-                    if callback_on_step_end is not None:
-                        given = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
-                        latents = (callback_on_step_end(self, i, t, given) or {}).get("latents", latents)
-                    bar.update()
-                    if self._interrupt:
-                        break
-
+        start = self._start(image, mask_image, strength, ode_solver, shape, device)
+        latents = self._denoise(
+            shape, condition, null, start,
+            num_inference_steps=num_inference_steps, generator=generator, latents=latents, ode_solver=ode_solver,
+            ode_options=ode_options or {}, callback=callback_on_step_end,
+            callback_inputs=callback_on_step_end_tensor_inputs,
+        )  # (B, C, h, w), float32  # fmt: skip
         images = self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def resolve_labels(
-        self, class_labels: Label | Sequence[Label] | torch.Tensor | None, num_images: int | None
-    ) -> tuple[list[int] | None, int]:
-        """Indices of the classes, one per image (None without labels), and the number of images.
-
-        Args:
-            class_labels, num_images: as given to the call.
-        Raises:
-            ValueError: an unknown class, labels for a denoiser without classes, or contradictory numbers.
-        """
-        classes = self.denoiser.config.get("num_classes", 0)
-        null = getattr(self.denoiser, "null_class_label", None)
-        return resolve_labels(class_labels, num_images, classes, null, self.config.class_names or ())
-
-    def _conditions(
-        self, labels: list[int] | None, num_images: int, device: torch.device
-    ) -> tuple[Condition, Condition]:
-        """Arguments of the denoiser with the condition, and without it (empty where there is no guidance)."""
-        null = getattr(self.denoiser, "null_class_label", None)
-        if labels is None and null is None:
-            if self._guidance.scale != 1:
-                raise ValueError("guidance_scale needs classes, and this denoiser is unconditional; leave it at 1")
-            return {}, {}
-        null_labels = None if null is None else torch.full((num_images,), null, device=device)
-        if labels is None:
-            return {"class_labels": null_labels}, {}
-        condition = {"class_labels": torch.tensor(labels, device=device)}
-        if self._guidance.scale == 1:
-            return condition, {}
-        if null is None:
-            raise ValueError("guidance_scale needs a null class, and this denoiser has none; leave it at 1")
-        return condition, {"class_labels": null_labels}

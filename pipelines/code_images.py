@@ -10,11 +10,11 @@ from diffusers.image_processor import VaeImageProcessor
 
 from genssm.models import AiM, MaskMamba, VQTokenizer
 from genssm.paths import check_choice
+from genssm.pipelines.conditions import Condition, Label, LabelConditions
 from genssm.pipelines.denoising import OUTPUT_TYPES, Generators
-from genssm.pipelines.labels import Labels, resolve_labels
 
 SCHEDULES = ("constant", "linear", "cosine")
-Condition = dict[str, torch.Tensor]
+Labels = Label | Sequence[Label] | torch.Tensor | None
 
 
 def guidance_scales(
@@ -46,7 +46,7 @@ def guidance_scales(
     return 1 + (scale - 1) * rise
 
 
-class CodePipeline(DiffusionPipeline):
+class CodePipeline(LabelConditions, DiffusionPipeline):
     """Shared parts of the pipelines of codes; a subclass shows the loop that draws them."""
 
     _callback_tensor_inputs: ClassVar[list[str]] = ["codes"]
@@ -87,11 +87,6 @@ class CodePipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         """Set ``pipe._interrupt = True`` in a callback to stop after that step."""
         return self._interrupt
-
-    def resolve_labels(self, class_labels: Labels, num_images: int | None) -> tuple[list[int] | None, int]:
-        """Indices of the classes, one per image, and the number of images; see :func:`resolve_labels`."""
-        classes, null = self.model.config.num_classes, self.model.null_class_label
-        return resolve_labels(class_labels, num_images, classes, null, self.config.class_names or ())
 
     def _resolve(
         self, class_labels: Labels, num_images: int | None, prompt_embeds: torch.Tensor | None

@@ -1,4 +1,4 @@
-"""What every pipeline around a denoiser needs: noise, times, guidance, one evaluation, decoding.
+"""What every pipeline around a denoiser needs: noise, times, guidance, one evaluation, the loop, decoding.
 
 An image depends on its generator and its conditions only, never on the batch it is made in: noise and random steps are
 drawn image by image in float32, the samplers compute in float32, and on the CPU, where matrix products group their sums
@@ -21,7 +21,9 @@ from diffusers.image_processor import VaeImageProcessor
 from torch.overrides import TorchFunctionMode
 
 from genssm import paths
+from genssm.data.latents import encode_images
 from genssm.models import MODELS
+from genssm.pipelines.inputs import ImageInput, Start, to_mask, to_pixels
 from genssm.schedulers import first_time, flow_settings, velocity_at_data
 from genssm.solvers import ADAPTIVE_METHODS, FIXED_METHODS, solve_ode
 
@@ -178,10 +180,20 @@ def set_times(
     return scheduler.timesteps, times
 
 
+def add_noise(
+    scheduler: SchedulerMixin, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
+    """Clean samples (B, ...) at an entry of ``scheduler.timesteps``; a scheduler that has begun is at its next one."""
+    if hasattr(scheduler, "scale_noise"):
+        return scheduler.scale_noise(clean, timestep[None], noise)
+    return scheduler.add_noise(clean, noise, timestep[None])
+
+
 class DenoisingPipeline(DiffusionPipeline):
-    """Shared parts of the pipelines; a subclass turns its conditions into denoiser arguments and shows the loop."""
+    """Shared parts of the pipelines; a subclass turns its conditions into denoiser arguments."""
 
     model_cpu_offload_seq = "denoiser->vae"
+    _makes_video: ClassVar[bool] = False
     _optional_components: ClassVar[list[str]] = ["vae"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
@@ -243,7 +255,7 @@ class DenoisingPipeline(DiffusionPipeline):
         callback: Callable | None,
     ) -> None:
         """Refuse, before anything is computed, what cannot work."""
-        if self.denoiser.config.get("num_frames"):
+        if self.denoiser.config.get("num_frames") and not self._makes_video:
             raise ValueError(f"this denoiser makes videos of {self.denoiser.config.num_frames} frames, not images")
         if num_images < 1:
             raise ValueError(f"num_images is {num_images}; expected at least 1")
@@ -274,15 +286,119 @@ class DenoisingPipeline(DiffusionPipeline):
         if callback is not None:
             raise ValueError("an ODE solver has no steps to call back at; leave out callback_on_step_end")
 
+    def _start(
+        self,
+        image: ImageInput | None,
+        mask_image: ImageInput | None,
+        strength: float | None,
+        ode_solver: str | None,
+        shape: tuple[int, ...],
+        device: torch.device,
+    ) -> Start | None:
+        """The images that a call starts from, as the denoiser sees them; None to start from noise."""
+        if image is None:
+            if mask_image is not None or strength is not None:
+                raise ValueError("mask_image and strength change an image; pass image")
+            return None
+        if mask_image is not None and ode_solver is not None:
+            raise ValueError("a mask is applied after each step of a scheduler; leave out ode_solver")
+        strength = (0.8 if mask_image is None else 1.0) if strength is None else strength
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength is {strength}; expected above 0, up to 1 (from pure noise)")
+        height, width = (side * self.vae_scale_factor for side in shape[-2:])
+        channels = 3 if self.vae is not None else shape[1]
+        if channels not in (1, 3):
+            raise ValueError(f"the denoiser takes {channels} channels and the pipeline has no VAE to encode an image")
+        pixels = to_pixels(image, channels, height, width).to(device)
+        clean = pixels
+        if self.vae is not None:
+            at_once = 1 if device.type == "cpu" else len(pixels)
+            parts = pixels.to(self.vae.dtype).split(at_once)
+            clean = torch.cat([encode_images(self.vae, part) for part in parts])
+        mask = None if mask_image is None else to_mask(mask_image, height, width, shape[-2:]).to(device)
+        mask = None if mask is None else _one_each("mask_image", mask, shape[0])
+        return Start(_one_each("image", clean, shape[0]), strength, mask)
+
     def _prepare_latents(
         self, shape: tuple[int, ...], generator: Generators, latents: torch.Tensor | None, device: torch.device
     ) -> torch.Tensor:
-        """The starting noise; some schedulers scale it by the first entry of the grid, so set the times first."""
+        """The noise, standard normal, float32."""
         if latents is None:
             latents = draw_noise(shape, generator, device)
         elif latents.shape != shape:
             raise ValueError(f"latents have the shape {tuple(latents.shape)}; expected {shape}")
-        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        return latents.to(device, torch.float32)
+
+    def _denoise(
+        self,
+        shape: tuple[int, ...],
+        condition: Mapping[str, torch.Tensor],
+        null: Mapping[str, torch.Tensor],
+        start: Start | None = None,
+        *,
+        num_inference_steps: int,
+        generator: Generators,
+        latents: torch.Tensor | None,
+        ode_solver: str | None,
+        ode_options: Mapping[str, object],
+        callback: Callable[..., Mapping[str, torch.Tensor]] | None,
+        callback_inputs: Sequence[str],
+    ) -> torch.Tensor:
+        """From noise, or a noised image, to a sample: the loop over the scheduler's steps.
+
+        Args:
+            shape: of the samples, (B, C, h, w) or (B, F, C, h, w).
+            condition, null: see :meth:`_predict`.
+            start: the images to start from.
+            num_inference_steps, generator, latents, ode_solver, ode_options: as given to the call.
+            callback, callback_inputs: ``callback_on_step_end`` and its ``tensor_inputs``.
+        Returns:
+            ``shape``, float32.
+        """
+        device = self._execution_device
+        noise = self._prepare_latents(shape, generator, latents, device)
+        if ode_solver is not None:
+            return self._solve_ode(noise, start, ode_solver, num_inference_steps, ode_options, condition, null)
+        timesteps, times = set_times(self.scheduler, num_inference_steps, device)
+        if start is None:
+            latents = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        else:
+            timesteps, times = self._skip_steps(start.strength, num_inference_steps, timesteps, times)
+            latents = add_noise(self.scheduler, start.clean, noise, timesteps[0])
+        self._num_timesteps = len(timesteps)
+        arguments = self._step_arguments(generator)
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for i, (t, time) in enumerate(zip(timesteps, times)):
+                x = latents
+                if hasattr(self.scheduler, "scale_model_input"):
+                    x = self.scheduler.scale_model_input(latents, t)
+                prediction = self._predict(x, time, condition, null)
+                latents = self.scheduler.step(prediction, t, latents, **arguments).prev_sample
+                if start is not None and start.mask is not None:
+                    ended = i + 1 == len(timesteps)
+                    known = start.clean if ended else add_noise(self.scheduler, start.clean, noise, timesteps[i + 1])
+                    latents = torch.where(start.mask.bool(), latents, known.to(latents.dtype))
+                if callback is not None:
+                    given = dict.fromkeys(callback_inputs, latents)
+                    latents = (callback(self, i, t, given) or {}).get("latents", latents)
+                bar.update()
+                if self._interrupt:
+                    break
+        return latents
+
+    def _skip_steps(
+        self, strength: float, num_inference_steps: int, timesteps: torch.Tensor, times: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last part of the grid, with the scheduler at its beginning."""
+        kept = min(int(num_inference_steps * strength), num_inference_steps)
+        if not kept:
+            raise ValueError(
+                f"strength {strength} leaves none of {num_inference_steps} steps; raise it or num_inference_steps"
+            )
+        first = (num_inference_steps - kept) * getattr(self.scheduler, "order", 1)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(first)
+        return timesteps[first:], times[first:]
 
     def _step_arguments(self, generator: Generators) -> dict[str, object]:
         if "generator" not in inspect.signature(self.scheduler.step).parameters:
@@ -323,7 +439,8 @@ class DenoisingPipeline(DiffusionPipeline):
 
     def _solve_ode(
         self,
-        latents: torch.Tensor,
+        noise: torch.Tensor,
+        begin: Start | None,
         method: str,
         steps: int,
         options: Mapping[str, object],
@@ -332,6 +449,11 @@ class DenoisingPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """Integrate the probability-flow ODE from noise to data with :func:`genssm.solvers.solve_ode`."""
         path, source = flow_settings(self.scheduler)
+        latents, first = noise, first_time(path, source)
+        if begin is not None:
+            first = min(begin.strength, first)
+            s = torch.full((len(noise),), first, device=noise.device)
+            latents = paths.interpolate(path, begin.clean, noise, s)
         end = 0.0 if velocity_at_data(path, source) else 1e-3
         convert = {"path": path, "source": source}
 
@@ -344,7 +466,7 @@ class DenoisingPipeline(DiffusionPipeline):
         def velocity(x: torch.Tensor, s: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
             return paths.convert(prediction=predict(x, s, rows), x=x, s=s, target="flow_prediction", **convert)
 
-        arguments = {"start": first_time(path, source), "end": end, **options}
+        arguments = {"start": first, "end": end, **options}
         if method in FIXED_METHODS:
             arguments["steps"] = steps
         with self.progress_bar(total=float("inf")) as bar:
@@ -370,3 +492,10 @@ class DenoisingPipeline(DiffusionPipeline):
             parts = latents.to(self.vae.dtype).split(at_once)
             latents = torch.cat([self.vae.decode(part, return_dict=False)[0].float() for part in parts])
         return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor).postprocess(latents, output_type)
+
+
+def _one_each(name: str, values: torch.Tensor, count: int) -> torch.Tensor:
+    """``values`` (N, ...), one for all or one for each of ``count`` images, or for each of equal runs of them."""
+    if not len(values) or count % len(values):
+        raise ValueError(f"{len(values)} entries of {name} for {count} images; pass one, or one per image")
+    return values.repeat_interleave(count // len(values), dim=0)

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from diffusers import AmusedScheduler, ImagePipelineOutput, ModelMixin
 
-from genssm.pipelines.code_images import CodePipeline, Condition, guidance_scales
+from genssm.pipelines.code_images import CodePipeline, Condition, Labels, guidance_scales
 from genssm.pipelines.denoising import BatchInvariant, Generators
-from genssm.pipelines.labels import Labels
 from genssm.pipelines.token_sampling import TokenSampling, filter_logits
 
 

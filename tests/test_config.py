@@ -59,7 +59,7 @@ def test_values_by_type(tmp_path: Path, text: str, field: str, value: object) ->
         ("train.lr=1", ["did you mean train.learning_rate?"]),
         ("batch_size=1", ["did you mean train.train_batch_size?"]),
         ("trian.seed=1", ["did you mean train?"]),
-        ("zebra=1", ["model, objective, data, train, log"]),
+        ("zebra=1", ["model, objective, data, text, train, log"]),
         ("train.seed=010", ["train.seed", "'010'", "octal"]),
         ("train.seed=true", ["train.seed", "whole number", "True"]),
         ("train.seed=1.5", ["whole number", "1.5"]),

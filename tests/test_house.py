@@ -26,9 +26,9 @@ FLOORS = [
     {"train", "sample"},
     {"genssm.convert", "genssm.env"},
     {"genssm.tasks"},
-    {"genssm.metrics.fid"},  # draws its samples through a pipeline
+    {"genssm.metrics.fid", "genssm.metrics.pairs"},  # draw their samples through a pipeline
     {"genssm.pipelines"},
-    {"genssm.training", "genssm.data", "genssm.metrics"},
+    {"genssm.training", "genssm.data", "genssm.metrics", "genssm.text"},
     {"genssm.models"},
     {"genssm.layers", "genssm.schedulers", "genssm.single_step_solver", "genssm.solvers"},
     {
@@ -42,7 +42,18 @@ FLOORS = [
     },
     {"genssm.kernels"},
 ]
-OPTIONAL = ("triton", "transformers", "cleanfid", "clean_fid", "torchvision", "torchdiffeq", "peft", "sklearn", "scipy")
+OPTIONAL = (
+    "triton",
+    "transformers",
+    "tokenizers",
+    "cleanfid",
+    "clean_fid",
+    "torchvision",
+    "torchdiffeq",
+    "peft",
+    "sklearn",
+    "scipy",
+)
 
 
 def module_name(path: Path) -> str:

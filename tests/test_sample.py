@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,10 +14,12 @@ import torch
 from PIL import Image
 
 import sample
+from genssm.data.video import Clip
 from genssm.errors import cli
-from genssm.pipelines import ClassConditionalImagePipeline
+from genssm.pipelines import ClassConditionalImagePipeline, TextToImagePipeline, VideoPipeline
 from genssm.schedulers import FlowSDEScheduler
 from tests.pipelines.conftest import make_denoiser
+from tests.pipelines.test_text_to_image import make_pipe as make_text_pipe
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., Path]
@@ -171,3 +174,69 @@ def test_mistakes_are_explained(run: Run, tmp_path: Path) -> None:
         run("--class-labels", "d")
     with pytest.raises(ValueError, match="'ddpm' cannot sample a flow model"):
         run("--scheduler", "ddpm")
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text-to-image pipeline."""
+    pytest.importorskip("tokenizers")
+    path = tmp_path_factory.mktemp("text")
+    make_text_pipe().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of clips of four frames, three classes."""
+    path = tmp_path_factory.mktemp("video")
+    denoiser = make_denoiser(num_frames=4, video_pattern="st", in_channels=3)
+    VideoPipeline(denoiser, FlowSDEScheduler(), class_names=["a", "b", "c"]).save_pretrained(path)
+    return path
+
+
+def test_prompts(run: Run, text_folder: Path) -> None:
+    texts = ["a red circle", "a blue square"]
+    out = run("--prompt", *texts, "--negative-prompt", "a circle", "--num-images", 3, model=text_folder)
+    settings = record(out)["settings"]
+    assert settings["prompt"] == texts and settings["negative_prompt"] == "a circle"
+    pipe = TextToImagePipeline.from_pretrained(text_folder)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 3, "guidance_scale": 2.0, "negative_prompt": "a circle"}
+    image = pipe(texts[0], generator=[torch.Generator().manual_seed(5 + 2)], **call).images[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(out / "000002.png")), np.asarray(image))
+    with pytest.raises(FileExistsError, match="of other settings"):
+        run("--prompt", "a circle", model=text_folder)
+
+
+@pytest.mark.parametrize("kind", ["gif", "frames", "npy", "mp4"])
+def test_clips(run: Run, video_folder: Path, kind: str, tmp_path: Path) -> None:
+    if kind == "mp4":
+        pytest.importorskip("av")
+    call = ("--class-labels", "a", "c", "--video-format", kind, "--num-images", 3)
+    out = run(*call, "--grid", tmp_path / "grid.png", model=video_folder)
+    suffix = {"frames": ""}.get(kind, f".{kind}")
+    names = [f"{i:06d}{suffix}" for i in range(3)]
+    assert sorted(path.name for path in out.iterdir() if path.name != "samples.json") == names
+    clip = Clip(out / names[1])
+    assert len(clip) == 4 and clip[0].size == (8, 8)
+    assert Image.open(tmp_path / "grid.png").size == (4 * 66 + 2, 3 * 66 + 2)
+    if kind == "frames":
+        pipe = VideoPipeline.from_pretrained(video_folder)
+        pipe.set_progress_bar_config(disable=True)
+        generator = [torch.Generator().manual_seed(5 + 1)]
+        expected = pipe("c", generator=generator, num_inference_steps=3, guidance_scale=2.0).frames[0]
+        np.testing.assert_array_equal(np.asarray(clip[3]), np.asarray(expected[3]))
+        before = (out / names[0]).stat().st_mtime_ns
+        shutil.rmtree(out / names[2])
+        run(*call, model=video_folder)  # goes on with what is missing
+        assert (out / names[2]).is_dir() and (out / names[0]).stat().st_mtime_ns == before
+        run("--class-labels", "b", "--video-format", kind, "--overwrite", model=video_folder)
+        assert [path.name for path in out.iterdir() if path.is_dir()] == ["000000"]
+
+
+def test_what_does_not_fit_the_model_is_refused(run: Run, folder: Path, text_folder: Path) -> None:
+    with pytest.raises(ValueError, match="reads no text; leave --prompt"):
+        run("--prompt", "a")
+    for options in ((), ("--prompt", "a", "--class-labels", "1")):
+        with pytest.raises(ValueError, match="give --prompt and no --class-labels"):
+            run(*options, model=text_folder)

@@ -7,19 +7,28 @@ from typing import Any
 import torch
 
 from genssm.config import DataConfig
+from genssm.data.captions import CLASS
+from genssm.data.clips import ClipDataset, clips, moving_digits
+from genssm.data.coco import coco
 from genssm.data.codes import CachedCodes, CodeDataset, open_codes
 from genssm.data.images import CachedImages, ImageDataset
 from genssm.data.latents import LatentDataset, open_latents
-from genssm.data.sources import DATASETS as IMAGE_DATASETS
+from genssm.data.shards import webdataset
+from genssm.data.sources import DATASETS as FOLDERS_AND_FILES
+from genssm.data.sources import Source
 from genssm.data.transforms import CROPS, ImageTransform
 
-DATASETS = (*IMAGE_DATASETS, "codes", "latents")
+IMAGE_DATASETS = {**FOLDERS_AND_FILES, "webdataset": webdataset, "coco": coco}
+CLIP_DATASETS = {"clips": clips, "moving_digits": moving_digits}
+CAPTION_OPTION = ("image_folder", "huggingface", "webdataset", "clips")  # readers that are told where the captions are
+DATASETS = (*IMAGE_DATASETS, *CLIP_DATASETS, "codes", "latents")
 
 __all__ = [
     "CROPS",
     "DATASETS",
     "CachedCodes",
     "CachedImages",
+    "ClipDataset",
     "CodeDataset",
     "ImageDataset",
     "LatentDataset",
@@ -37,8 +46,8 @@ def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset
 
     Returns:
         A map-style data set with ``num_classes``, ``class_names``, ``labels`` and items
-        ``{"pixel_values": float32 (C, H, W) in -1..1, "class_labels": int}``, or ``"latents"`` or ``"codes"`` in
-        place of the pixels.
+        ``{"pixel_values": float32 (C, H, W) in -1..1, "class_labels": int, "text": str}``, or ``"latents"`` or
+        ``"codes"`` in place of the pixels; labels and text where the data have them. Clips are (F, C, H, W).
         ``dataset[i]`` is never random.
 
     Raises:
@@ -56,18 +65,45 @@ def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset
             f"data.name={config.name!r} is not a data set"
             + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(DATASETS)}")
         )
-    of_images = ("resolution", "channels", "crop", "label", "download")
-    idle = {"latents": of_images, "codes": (*of_images, "latents")}.get(config.name, ("latents",))
-    defaults = DataConfig(name=config.name)
-    for key in idle:
-        if getattr(config, key) != getattr(defaults, key):
-            raise ValueError(f"data.{key} means nothing to data.name={config.name}; leave it out")
+    _refuse_idle_keys(config)
     if config.name == "latents":
         return open_latents(config.path, config.split, config.latents, flip=config.flip)
     if config.name == "codes":
         return open_codes(config.path, config.split, flip=config.flip)
-    source = IMAGE_DATASETS[config.name](config.path, config.split, config.label, config.download)
-    return ImageDataset(source, ImageTransform(config.resolution, config.channels, config.crop, config.flip))
+    source = _open_source(config)
+    transform = ImageTransform(config.resolution, config.channels, config.crop, config.flip)
+    if config.name in CLIP_DATASETS:
+        return ClipDataset(source, transform, config.num_frames, config.frame_stride)
+    return ImageDataset(source, transform)
+
+
+def _refuse_idle_keys(config: DataConfig) -> None:
+    """Refuse keys that the kind of data set would ignore."""
+    encoded = config.name in ("codes", "latents")
+    idle = ["resolution", "channels", "crop", "label", "download"] if encoded else []
+    idle += [] if config.name == "latents" else ["latents"]
+    if encoded or (config.name not in CAPTION_OPTION and config.caption != CLASS):
+        idle += ["caption"]
+    if config.name not in CLIP_DATASETS:
+        idle += ["num_frames", "frame_stride"]
+    defaults = DataConfig(name=config.name)
+    for key in idle:
+        if getattr(config, key) != getattr(defaults, key):
+            raise ValueError(f"data.{key} means nothing to data.name={config.name}; leave it out")
+
+
+def _open_source(config: DataConfig) -> Source:
+    """What the reader of the kind finds, with the captions asked for."""
+    read = (IMAGE_DATASETS | CLIP_DATASETS)[config.name]
+    told = config.name in CAPTION_OPTION and config.caption != CLASS
+    options = {"caption": config.caption} if told else {}
+    source = read(config.path, config.split, config.label, config.download, **options)
+    if config.caption != CLASS:
+        return source
+    if source.labels is None:
+        raise ValueError(f"data.caption={CLASS} names the classes, but {config.name} has no labels; set data.label")
+    captions = tuple((source.class_names[label],) for label in source.labels)
+    return dataclasses.replace(source, captions=captions)
 
 
 def cache_dataset(

@@ -1,8 +1,8 @@
 """Encode a data set once with a VAE: ``python -m genssm.data.encode --vae VAE --out FOLDER name=image_folder path=...``
 
 The result is a folder that ``data.name: latents`` reads: ``latents.npy`` (memory-mapped, one array per split),
-``labels.npy`` and ``meta.json``. It is written beside its final place and renamed when complete; a command that was
-stopped continues where it was.
+``labels.npy``, ``captions.json`` and ``meta.json``. It is written beside its final place and renamed when complete; a
+command that was stopped continues where it was.
 """
 
 import argparse
@@ -85,6 +85,8 @@ def encode_dataset(
     latents = np.lib.format.open_memmap(part / "latents.npy", mode=mode, dtype=dtype, shape=(rows, *shape))
     if dataset.labels is not None:
         np.save(part / "labels.npy", dataset.labels)
+    if dataset.captions is not None:
+        write_json(part / "captions.json", dataset.captions)
     bar = tqdm(total=rows, initial=done, unit="image", disable=quiet or None)
     for number, start in enumerate(range(done, rows, batch_size), 1):
         stop = min(start + batch_size, rows)
@@ -102,12 +104,23 @@ def encode_dataset(
 
 
 def _stored_shape(vae: torch.nn.Module, dataset: ImageDataset, form: str, device: str) -> list[int]:
+    clips = len(dataset.item_shape) == 4
+    if form == "mean_logvar" and clips:
+        raise ValueError("clips are stored as samples; use --form sample")
     with torch.no_grad():
-        mean, logvar = vae_moments(vae, dataset[0]["pixel_values"][None].to(device))
+        mean, logvar = _moments(vae, dataset[0]["pixel_values"][None].to(device))
     if form == "mean_logvar" and logvar is None:
         raise ValueError(f"{type(vae).__name__} has no variance; use --form sample")
-    channels, *grid = mean.shape[1:]
-    return [channels * (2 if form == "mean_logvar" else 1), *grid]
+    *frames, channels, height, width = mean.shape[1:]
+    return [*frames, channels * (2 if form == "mean_logvar" else 1), height, width]
+
+
+def _moments(vae: torch.nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Mean and log-variance of images (B, C, H, W), or of clips (B, F, C, H, W) frame by frame."""
+    if pixels.dim() == 4:
+        return vae_moments(vae, pixels)
+    mean, _ = vae_moments(vae, pixels.flatten(0, 1))
+    return mean.unflatten(0, pixels.shape[:2]), None
 
 
 def begin_partial(part: Path, meta: dict) -> int:
@@ -129,13 +142,13 @@ def _encode(vae: torch.nn.Module, dataset: ImageDataset, start: int, stop: int, 
     count = len(dataset)
     pixels = torch.from_numpy(np.stack([dataset.pixels(row % count) for row in range(start, stop)]))
     mirrored = torch.arange(start, stop) >= count
-    pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
-    mean, logvar = vae_moments(vae, to_model_range(pixels).to(device))
+    pixels = torch.where(mirrored.reshape(-1, *[1] * (pixels.dim() - 1)), pixels.flip(-1), pixels)
+    mean, logvar = _moments(vae, to_model_range(pixels).to(device))
     stored = torch.cat([mean, logvar], 1) if form == "mean_logvar" else mean
     return stored.float().cpu().numpy()
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: object) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=2), encoding="utf-8")
     os.replace(temporary, path)

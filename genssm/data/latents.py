@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from genssm.config import LatentsConfig
+from genssm.data.captions import draw_caption, mirrors
 from genssm.data.layouts import LAYOUTS, Store
 
 logger = logging.getLogger("genssm")
@@ -63,7 +64,7 @@ class LatentDataset(torch.utils.data.Dataset):
         flip: use the mirrored copies.
 
     Attributes:
-        num_classes, class_names, labels, item_shape: as :class:`genssm.data.images.ImageDataset`.
+        num_classes, class_names, labels, captions, item_shape: as :class:`genssm.data.images.ImageDataset`.
         scale, shift: float32 arrays that broadcast against an item.
     """
 
@@ -90,6 +91,9 @@ class LatentDataset(torch.utils.data.Dataset):
         self.labels = store.labels
         if self.labels is not None and len(self.labels) != self.count:
             raise ValueError(f"{self.count} latents but {len(self.labels)} labels; check data.latents.flip_rows")
+        self.captions = store.captions
+        if self.captions is not None and len(self.captions) != self.count:
+            raise ValueError(f"{self.count} latents but captions of {len(self.captions)}; encode them again")
         count = 0 if self.labels is None else int(self.labels.max()) + 1
         self.class_names = store.class_names or tuple(str(i) for i in range(count))
         self.num_classes = len(self.class_names)
@@ -106,7 +110,10 @@ class LatentDataset(torch.utils.data.Dataset):
 
     def latents(self, index: int, key: int | None) -> np.ndarray:
         """The latent as a model sees it, float32 ``item_shape``."""
-        row = index + self.count if self.flip and key is not None and key & 1 else index
+        mirrored = self.flip and key is not None and key & 1
+        if mirrored and self.captions is not None:
+            mirrored = mirrors(draw_caption(self.captions[index], key))
+        row = index + self.count if mirrored else index
         z = np.asarray(self.store.read(row), np.float32)
         if self.form != "sample":
             z, spread = np.split(z, 2)
@@ -119,6 +126,8 @@ class LatentDataset(torch.utils.data.Dataset):
     def item(self, index: int, key: int | None) -> dict[str, Any]:
         """One training item; ``key`` decides what is random in it, None leaves nothing random."""
         item: dict[str, Any] = {"latents": torch.from_numpy(np.array(self.latents(index, key), np.float32))}
+        if self.captions is not None:
+            item["text"] = draw_caption(self.captions[index], key)
         if self.labels is not None:
             item["class_labels"] = int(self.labels[index])
         return item

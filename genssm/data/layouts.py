@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from genssm.data.captions import Captions
 from genssm.data.sources import rank_classes
 
 SD_SCALE = 0.18215  # latents of the first Stable Diffusion VAEs times this have about unit deviation
@@ -30,6 +31,7 @@ class Store:
         rows: number of rows, mirrored copies included.
         labels: class of each item, int64, or None.
         class_names: names of the classes.
+        captions: texts of each item, or None.
         declared: usual values of ``form``, ``scaled``, ``scale``, ``shift``, ``flip_rows``.
     """
 
@@ -38,17 +40,20 @@ class Store:
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
     declared: dict[str, Any] = field(default_factory=dict)
+    captions: Captions | None = None
 
 
 def _own(root: Path) -> Store | None:
-    """``latents.npy``, ``labels.npy``, ``meta.json``: what ``python -m genssm.data.encode`` writes."""
+    """``latents.npy``, ``meta.json``, perhaps ``labels.npy``, ``captions.json``: written by ``genssm.data.encode``."""
     if not (root / "meta.json").is_file() or not (root / "latents.npy").is_file():
         return None
     meta = json.loads((root / "meta.json").read_text(encoding="utf-8"))
     latents = np.load(root / "latents.npy", mmap_mode="r")
     labels = np.load(root / "labels.npy") if (root / "labels.npy").is_file() else None
     declared = {name: meta[name] for name in ("form", "scaled", "scale", "shift", "flip_rows")}
-    return Store(lambda i: latents[i], len(latents), labels, tuple(meta.get("class_names", ())), declared)
+    file = root / "captions.json"
+    captions = tuple(map(tuple, json.loads(file.read_text(encoding="utf-8")))) if file.is_file() else None
+    return Store(lambda i: latents[i], len(latents), labels, tuple(meta.get("class_names", ())), declared, captions)
 
 
 def _moments(root: Path) -> Store | None:

@@ -125,8 +125,8 @@ def training_batches(
     last: int,
     device: torch.device | str = "cpu",
     num_workers: int = 0,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of this process for steps ``first .. last - 1``: ``shares.parts`` per step, on ``device``.
+) -> Iterator[dict[str, torch.Tensor | list[str]]]:
+    """Batches of this process for steps ``first .. last - 1``: ``shares.parts`` per step, tensors on ``device``.
 
     Args:
         dataset: a data set with ``item(index, key)``, or one that is kept in memory.
@@ -141,8 +141,7 @@ def training_batches(
     if isinstance(dataset, CachedImages | CachedCodes):
         for step in range(first, last):
             for part in range(shares.parts):
-                batch = dataset.batch(*stream.piece(shares, step, part))
-                yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+                yield _moved(dataset.batch(*stream.piece(shares, step, part)), device)
         return
     loader = torch.utils.data.DataLoader(
         _Keyed(dataset),
@@ -152,4 +151,9 @@ def training_batches(
         worker_init_fn=_leave_interrupts_alone,
     )
     for batch in loader:
-        yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        yield _moved(batch, device)
+
+
+def _moved(batch: Mapping[str, torch.Tensor | list[str]], device: torch.device) -> dict[str, torch.Tensor | list[str]]:
+    """The batch with its tensors on the device; texts have none."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

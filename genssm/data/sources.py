@@ -7,7 +7,6 @@ reader that needs them.
 
 import csv
 import gzip
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from genssm.data.captions import SIDECAR, Captions, from_rows, from_sidecars, read_json
 from genssm.training.seeding import permutation
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -31,6 +31,7 @@ class Source:
         labels: class of each image, int64 (count,), or None.
         class_names: name of each class, empty without labels.
         names: index -> what to call the image in an error.
+        captions: texts of each image, at least one, or None.
     """
 
     read: Callable[[int], Image.Image]
@@ -38,6 +39,7 @@ class Source:
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
     names: Callable[[int], str] = str
+    captions: Captions | None = None
 
 
 def from_arrays(images: np.ndarray, labels: np.ndarray | None, class_names: Sequence[str] = ()) -> Source:
@@ -147,31 +149,77 @@ def read_idx(path: Path) -> np.ndarray:
     return values.reshape(tuple(shape))
 
 
-def image_folder(path: str | None, split: str, label: str | None, download: bool) -> Source:
+def image_folder(path: str | None, split: str, label: str | None, download: bool, caption: str | None = None) -> Source:
     """Images in a folder, with or without class folders, or listed in ``metadata.jsonl`` / ``metadata.csv``.
 
     Args:
-        path: the folder; a sub-folder with the name of the split is used when there is one.
+        path: the folder; a sub-folder with the name of the split is used when there is one, else the rows of a
+            metadata file that say so in a column ``split``.
         label: ``folder`` (the first folder on the way to the file), ``prefix`` (the file name before its first ``_``),
             ``none``, or a column of the metadata file. None: the column ``label`` of a metadata file, else class
             folders where there are any.
+        caption: a column of the metadata file (a text, or a list of texts), or ``sidecar``: the lines of ``a.txt``
+            beside ``a.png``; None reads none.
     """
-    root = _split_folder(_need_path(path, "image_folder"), split)
+    root, table = open_folder(_need_path(path, "image_folder"), split)
+    files = list_images(root) if table is None else [root / row["file_name"] for row in table]
+    choice = choose_label(files, root, table, label)
+    return from_files(files, root, choice, captions=read_captions(files, root, table, caption))
+
+
+def open_folder(path: Path, split: str) -> tuple[Path, list[dict] | None]:
+    """The folder of a split, and the rows of its metadata file or None.
+
+    Args:
+        path: a folder with a sub-folder of the split's name, or with a metadata file whose column ``split`` names it,
+            or, for ``train``, any folder.
+
+    Raises:
+        FileNotFoundError: there is no such split.
+        ValueError: a metadata file is damaged, or its column ``split`` has other values.
+    """
+    root = path / split if (path / split).is_dir() else path
     table = _read_metadata(root)
-    if table is not None:
-        files = [root / row["file_name"] for row in table]
-        column = ("label" if "label" in table[0] else "none") if label is None else label
-        if column in ("folder", "prefix", "none"):
-            return from_files(files, root, column)
-        if column not in table[0]:
-            raise ValueError(f"{root} has no metadata column {column!r}; it has {', '.join(table[0])}")
-        return from_files(files, root, [row[column] for row in table])
-    files = list_images(root)
-    if label is None:
-        label = "folder" if all(f.parent != root for f in files) else "none"
-    if label not in ("folder", "prefix", "none"):
-        raise ValueError(f"data.label={label!r} needs a metadata.jsonl or metadata.csv in {root}")
-    return from_files(files, root, label)
+    if root == path and table is not None and "split" in table[0]:
+        known = ", ".join(sorted({str(row.get("split")) for row in table}))
+        table = [row for row in table if row.get("split") == split]
+        if not table:
+            raise ValueError(f"data.split={split}: the column split of the metadata in {path} has {known}")
+    elif root == path and split != "train":
+        raise FileNotFoundError(f"{path} has no folder {split!r} for data.split={split}")
+    missing = [row["file_name"] for row in table or () if not (root / row["file_name"]).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"the metadata in {root} list {len(missing)} files that are not there, first {missing[0]}"
+        )
+    return root, table
+
+
+def choose_label(files: Sequence[Path], root: Path, table: list[dict] | None, label: str | None) -> str | list:
+    """What ``data.label`` means for files, listed in a table or found: ``folder``, ``prefix``, ``none``, or classes."""
+    if label in ("folder", "prefix", "none"):
+        return label
+    if table is None:
+        if label is not None:
+            raise ValueError(f"data.label={label!r} needs a metadata.jsonl or metadata.csv in {root}")
+        return "folder" if all(f.parent != root for f in files) else "none"
+    if label is None and "label" not in table[0]:
+        return "none"
+    column = label or "label"
+    if column not in table[0]:
+        raise ValueError(f"{root} has no metadata column {column!r}; it has {', '.join(table[0])}")
+    return [row[column] for row in table]
+
+
+def read_captions(files: Sequence[Path], root: Path, table: list[dict] | None, caption: str | None) -> Captions | None:
+    """The captions that ``data.caption`` means: those of a column, those beside the files, or none."""
+    if caption is None:
+        return None
+    if caption == SIDECAR:
+        return from_sidecars(files)
+    if table is None:
+        raise ValueError(f"data.caption={caption!r} needs a metadata.jsonl or metadata.csv in {root}, or is {SIDECAR}")
+    return from_rows(table, caption, root)
 
 
 def image_list(path: str | None, split: str, label: str | None, download: bool) -> Source:
@@ -210,11 +258,11 @@ def npz(path: str | None, split: str, label: str | None, download: bool) -> Sour
     return _relabel(from_arrays(images, labels), label)
 
 
-def huggingface(path: str | None, split: str, label: str | None, download: bool) -> Source:
+def huggingface(path: str | None, split: str, label: str | None, download: bool, caption: str | None = None) -> Source:
     """A data set read by the package ``datasets``: an image folder, parquet files, a saved data set, or a Hub name.
 
     The image column is the first of that type; ``label`` names the class column, None takes the first one of type
-    ClassLabel, ``none`` takes no labels.
+    ClassLabel, ``none`` takes no labels. ``caption`` names the column of the captions (a text, or a list of texts).
     """
     try:
         import datasets
@@ -239,8 +287,13 @@ def huggingface(path: str | None, split: str, label: str | None, download: bool)
         raise ValueError(f"{path} has no image column; its columns are {', '.join(table.features)}")
     if label is None:
         label = next((n for n, f in table.features.items() if isinstance(f, datasets.ClassLabel)), "none")
+    captions = None
+    if caption is not None:
+        if caption not in table.features:
+            raise ValueError(f"{path} has no column {caption!r}; its columns are {', '.join(table.features)}")
+        captions = from_rows([{caption: value} for value in table[caption][:]], caption, path)
     if label == "none":
-        return Source(lambda i: table[i][image], len(table))
+        return Source(lambda i: table[i][image], len(table), captions=captions)
     if label not in table.features:
         raise ValueError(f"{path} has no column {label!r}; its columns are {', '.join(table.features)}")
     feature = table.features[label]
@@ -248,34 +301,39 @@ def huggingface(path: str | None, split: str, label: str | None, download: bool)
         labels, names = np.asarray(table[label][:], np.int64), tuple(feature.names)
     else:
         labels, names = number_classes(table[label][:])
-    return Source(lambda i: table[i][image], len(table), labels, names)
+    return Source(lambda i: table[i][image], len(table), labels, names, captions=captions)
 
 
-def from_files(files: Sequence[Path], root: Path, label: str | Sequence) -> Source:
+def from_files(files: Sequence[Path], root: Path, label: str | Sequence, captions: Captions | None = None) -> Source:
     """A source over image files.
 
     Args:
         files: the files, in order.
         root: folder that relative names start from.
         label: ``folder``, ``prefix``, ``none``, or the class of every file.
+        captions: the captions of every file, or None.
     """
-    if label == "none":
-        labels, names = None, ()
-    elif label == "prefix":
-        labels, names = rank_classes([f.name.partition("_")[0] for f in files])
-    elif label == "folder":
-        labels, names = rank_classes([f.relative_to(root).parts[0] for f in files])
-        if any(f.parent == root for f in files):
-            raise ValueError(f"{root} holds images outside of class folders; move them or set data.label=none")
-    else:
-        labels, names = number_classes(label)
+    labels, names = class_labels(files, root, label)
 
     def read(index: int) -> Image.Image:
         with Image.open(files[index]) as image:
             image.load()
             return image
 
-    return Source(read, len(files), labels, names, names=lambda i: str(files[i]))
+    return Source(read, len(files), labels, names, names=lambda i: str(files[i]), captions=captions)
+
+
+def class_labels(files: Sequence[Path], root: Path, label: str | Sequence) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """The class of each file, int64, and the names of the classes; arguments as for :func:`from_files`."""
+    if label == "none":
+        return None, ()
+    if label == "prefix":
+        return rank_classes([f.name.partition("_")[0] for f in files])
+    if label != "folder":
+        return number_classes(label)
+    if any(f.parent == root for f in files):
+        raise ValueError(f"{root} holds images outside of class folders; move them or set data.label=none")
+    return rank_classes([f.relative_to(root).parts[0] for f in files])
 
 
 def rank_classes(values: Sequence) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -313,12 +371,9 @@ def _read_metadata(root: Path) -> list[dict] | None:
             if name.endswith("csv"):
                 rows = list(csv.DictReader(stream))
             else:
-                rows = [json.loads(line) for line in stream if line.strip()]
-        if not rows or any("file_name" not in row for row in rows):
+                rows = [read_json(line, f"{file}, line {i}") for i, line in enumerate(stream, 1) if line.strip()]
+        if not rows or any(not isinstance(row, dict) or not isinstance(row.get("file_name"), str) for row in rows):
             raise ValueError(f"{file} must have the column file_name in every row")
-        missing = [row["file_name"] for row in rows if not (root / row["file_name"]).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{file} lists {len(missing)} files that are not there, first {missing[0]}")
         return rows
     return None
 
@@ -338,14 +393,6 @@ def _need_path(path: str | None, name: str) -> Path:
     if not Path(path).exists() and name not in _TORCHVISION:
         raise FileNotFoundError(f"data.path={path} does not exist")
     return Path(path)
-
-
-def _split_folder(root: Path, split: str) -> Path:
-    if (root / split).is_dir():
-        return root / split
-    if split == "train":
-        return root
-    raise FileNotFoundError(f"{root} has no folder {split!r} for data.split={split}")
 
 
 def _train_or_test(split: str, name: str) -> str:

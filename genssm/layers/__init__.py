@@ -17,6 +17,7 @@ from genssm.layers.mixers import make_mixer, mixer_options
 from genssm.layers.modulation import DropPath, LayerNorm, Modulation, RMSNorm, modulate, upcast
 from genssm.layers.outputs import DenoiserOutput, TokenOutput
 from genssm.layers.parameter_groups import parameter_groups
+from genssm.layers.text import check_text, masked_mean, read_text
 
 __all__ = [
     "ContextEmbedding",
@@ -32,10 +33,13 @@ __all__ = [
     "RMSNorm",
     "TimestepEmbedding",
     "TokenOutput",
+    "check_text",
     "make_mixer",
+    "masked_mean",
     "mixer_options",
     "modulate",
     "parameter_groups",
+    "read_text",
     "resize_positions",
     "sincos_2d",
     "sinusoidal_features",

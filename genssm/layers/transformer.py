@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from genssm.layers.attention import CrossAttention
 from genssm.layers.modulation import LayerNorm, Modulation, modulate
 
 
@@ -54,24 +55,43 @@ class AttentionBlock(nn.Module):
         num_heads: heads.
         gated_mlp: gated or plain MLP.
         out_scale: see :class:`MLP`.
+        cross_attention: read a text context between the two.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int = 16, gated_mlp: bool = True, out_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int = 16,
+        gated_mlp: bool = True,
+        out_scale: float = 1.0,
+        cross_attention: bool = False,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.modulation = Modulation(hidden_size, 6, zero=False)
+        self.modulation = Modulation(hidden_size, 9 if cross_attention else 6, zero=False)
         self.norm_1 = LayerNorm(hidden_size, affine=False)
         self.qkv = zero_bias_linear(hidden_size, 3 * hidden_size)
         self.proj = zero_bias_linear(hidden_size, hidden_size)
         self.norm_2 = LayerNorm(hidden_size, affine=False)
         self.mlp = MLP(hidden_size, gated_mlp, out_scale)
+        self.norm_cross = LayerNorm(hidden_size, affine=False) if cross_attention else None
+        self.cross_attn = CrossAttention(hidden_size) if cross_attention else None
 
-    def forward(self, x: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
-        """Map (B, L, D), conditioned on (B, D), to (B, L, D)."""
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(conditioning)  # (B, 1, D) each
+    def forward(
+        self,
+        x: torch.Tensor,
+        conditioning: torch.Tensor,
+        context: torch.Tensor | None = None,
+        context_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Map (B, L, D), conditioned on (B, D) and the text ``context`` (B, S, D) where its mask is True."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2, *cross = self.modulation(conditioning)  # (B, 1, D) each
         q, k, v = split_heads(self.qkv(modulate(self.norm_1(x), shift_1, scale_1)), self.num_heads)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + gate_1 * self.proj(y)
+        if self.cross_attn is not None:
+            shift, scale, gate = cross
+            x = x + gate * self.cross_attn(modulate(self.norm_cross(x), shift, scale), context, context_mask)
         return x + gate_2 * self.mlp(modulate(self.norm_2(x), shift_2, scale_2))
 
 

@@ -182,7 +182,13 @@ def load_pipeline(path: Path, device: torch.device, dtype: torch.dtype) -> tuple
     from genssm.training.checkpoint import resolve_pipeline
 
     folder = resolve_pipeline(path)
-    return DiffusionPipeline.from_pretrained(str(folder), dtype=dtype).to(device), folder
+    pipe = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype).to(device)
+    if pipe.denoiser.config.get("context_dim") or pipe.denoiser.config.get("num_frames"):
+        raise ValueError(
+            f"{path} makes images of texts, or clips; draw them with sample.py and give its folder as --samples, or "
+            "measure captions with python -m genssm.metrics.pairs"
+        )
+    return pipe, folder
 
 
 def floor_statistics(options: argparse.Namespace, extractor: FeatureExtractor, count: int) -> Statistics | None:

@@ -1,7 +1,7 @@
 """DiM (Teng et al. 2024, arXiv:2405.14224): a diffusion denoiser whose Mamba blocks take turns in four directions."""
 
 # B batch, C channels, H W input size, gh gw token grid, T = gh gw patches, P pad tokens, D hidden_size,
-# Q condition and prefix tokens, L = Q + (gh + P)(gw + P) tokens of the sequence
+# S text tokens, M text slots, Q condition, text and prefix tokens, L = Q + (gh + P)(gw + P) tokens of the sequence
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,9 @@ from genssm.layers import (
     PatchEmbed,
     RMSNorm,
     TimestepEmbedding,
+    check_text,
     make_mixer,
+    masked_mean,
     mixer_options,
     modulate,
     resize_positions,
@@ -107,9 +109,10 @@ class DiMBlock(nn.Module):
 
 
 class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
-    """DiM denoiser for images: unconditional or class-conditional.
+    """DiM denoiser for images: unconditional, class- or text-conditional.
 
-    Patches stand on a grid with learnable pad tokens at its right and lower edge, behind condition and prefix tokens.
+    Patches stand on a grid with learnable pad tokens at its right and lower edge, behind condition, text and prefix
+    tokens. The published model has no text; here its mean acts where the class does, and its tokens may stand in front.
     Block by block the grid is scanned in rows, rows backwards, columns, columns backwards; the second half of the
     blocks goes through that cycle backwards and joins long skips from the first. What differs from the released code:
     tokens never move, each scan follows its order from one residual stream (the released skips meet their blocks in
@@ -126,6 +129,10 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         num_classes: classes; 0 for an unconditional model.
         null_condition: both class tables own a null class (label ``num_classes``). An unconditional model then always
             reads that row, as the released CIFAR-10 model does; without it, it has no class tables and no class token.
+        context_dim: width of the text tokens, whose mean joins the conditioning vector and the condition token that
+            scales the output; 0 for a model without text.
+        num_text_tokens: M, places for text tokens between the condition tokens and the grid, so that every scan reads
+            the text first; unused ones hold a learnable token, tokens beyond are cut. 0 leaves the mean alone.
         num_scan_patterns: the first so many of rows, rows backwards, columns, columns backwards; 1 to 4.
         num_pad_tokens: P, learnable tokens at the end of each row and column; 0 for none.
         pad_layout: "per_side": one token per pad column and one per pad row; "row_major_cycle": the tokens in turn.
@@ -152,7 +159,14 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     _repeated_blocks: ClassVar[list[str]] = ["DiMBlock"]
     _no_split_modules: ClassVar[list[str]] = ["DiMBlock"]
     _keep_in_fp32_modules: ClassVar[list[str]] = ["A_log", "D", "dt_bias"]
-    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["patch_embed", "time_embed", "label_embed", "conv", "norm"]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = [
+        "patch_embed",
+        "time_embed",
+        "label_embed",
+        "context_embed",
+        "conv",
+        "norm",
+    ]
 
     @register_to_config
     def __init__(
@@ -164,6 +178,8 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         num_layers: int = 49,
         num_classes: int = 0,
         null_condition: bool = True,
+        context_dim: int = 0,
+        num_text_tokens: int = 0,
         num_scan_patterns: int = 4,
         num_pad_tokens: int = 3,
         pad_layout: str = "per_side",
@@ -190,7 +206,10 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         _one_of("time_convention", time_convention, ("diffusers", "one_based"))
         _at_least("num_pad_tokens", num_pad_tokens, 0)
         _at_least("num_prefix_tokens", num_prefix_tokens, 0)
+        _at_least("num_text_tokens", num_text_tokens, 0)
         _at_least("edge_dilation", edge_dilation, 1)
+        if num_text_tokens and not context_dim:
+            raise ValueError(f"num_text_tokens is {num_text_tokens} but context_dim is 0; set the width of the text")
         if hidden_size % 2:
             raise ValueError(f"hidden_size is {hidden_size}; the time token is made of pairs, use an even number")
         chain = dim_pattern_chain(num_layers, num_scan_patterns)
@@ -215,6 +234,11 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
                 zero_bias_linear(hidden_size, inner), nn.SiLU(), zero_bias_linear(inner, hidden_size)
             )
         self.token_label_embed = LabelEmbedding(num_classes, hidden_size, null_condition) if has_table else None
+        self.context_embed = self.token_context_embed = None
+        if context_dim:
+            self.context_embed = zero_bias_linear(context_dim, hidden_size)
+            self.token_context_embed = zero_bias_linear(context_dim, hidden_size)
+        self.text_pad = nn.Parameter(0.02 * torch.randn(hidden_size)) if num_text_tokens else None
         self.num_condition_tokens = (1 + has_table) * (1 + duplicate_condition_tokens)
         tokens = self.num_condition_tokens + math.prod(self.native_grid)
         self.positions = nn.Parameter(torch.zeros(1, tokens, hidden_size))
@@ -251,6 +275,11 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         """Label of the null class; None when the model has no classes or no null class."""
         return self.label_embed.null_label if self.config.num_classes else None
 
+    @property
+    def has_null_text(self) -> bool:
+        """Whether the model knows "no text": ``encoder_hidden_states`` None, or a row masked everywhere."""
+        return self.context_embed is not None
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -266,7 +295,9 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             hidden_states: noisy input, (B, C, H, W).
             timestep: (B,) or one number, 0..1000, fractions allowed.
             class_labels: (B,) int64; None means the null class.
-            encoder_hidden_states, encoder_attention_mask: must be None: the model reads no text.
+            encoder_hidden_states: text tokens, (B, S, context_dim); None means no text.
+            encoder_attention_mask: (B, S), True (or 1) where a text token counts; None means everywhere. A row that is
+                False everywhere has no text.
             return_dict: return an output object rather than a tuple.
 
         Returns:
@@ -276,7 +307,7 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         Raises:
             ValueError: shapes do not fit the model, a condition it does not know, or a missing label.
         """
-        self._check_input(hidden_states, class_labels, encoder_hidden_states, encoder_attention_mask)
+        self._check_input(hidden_states, class_labels)
         batch, grid = hidden_states.shape[0], self._token_grid(*hidden_states.shape[-2:])
         orders, pad_cells = self._layout_for(grid, hidden_states.device)
         dtype = self.norm_out.weight.dtype
@@ -289,12 +320,19 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             c = c + self.label_embed(class_labels, batch)
             token_y = self.token_label_embed(class_labels, batch)
             condition, token_sum = [token_t, token_y], token_t + token_y
+        text, mask = self._text(encoder_hidden_states, encoder_attention_mask, batch)  # (B, S, context_dim), (B, S)
+        if text is not None:
+            c = c + masked_mean(self.context_embed(text), mask)
+            token_text = self.token_context_embed(text)  # (B, S, D)
+            token_sum = token_sum + masked_mean(token_text, mask)
         if self.config.duplicate_condition_tokens:
             condition = condition + condition[::-1]
         modulation = torch.cat(self.modulation(c), dim=1)  # (B, 3, D)
 
         split = self.num_condition_tokens
         front = upcast(torch.stack(condition, dim=1)) + self.positions[:, :split]
+        if self.text_pad is not None:
+            front = torch.cat([front, upcast(self._text_slots(token_text, mask))], dim=1)
         if self.prefix_tokens is not None:
             front = torch.cat([front, upcast(self.prefix_tokens).expand(batch, -1, -1)], dim=1)  # (B, Q, D)
         x = upcast(self.patch_embed(hidden_states))  # (B, T, D)
@@ -419,6 +457,28 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         features = sinusoidal_features(time, self.config.hidden_size)
         return features if self.token_time_mlp is None else self.token_time_mlp(features.to(dtype))
 
+    def _text(
+        self, tokens: torch.Tensor | None, mask: torch.Tensor | None, batch: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Text tokens and their mask; one token that does not count where no text is given."""
+        mask = check_text(tokens, mask, batch, self.config.context_dim)
+        if self.context_embed is None:
+            return None, None
+        weight = self.context_embed.weight
+        if tokens is None:
+            tokens = weight.new_zeros(batch, 1, self.config.context_dim)
+            mask = torch.zeros(batch, 1, dtype=torch.bool, device=weight.device)
+        elif mask is None:
+            mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return tokens.to(weight.dtype), mask
+
+    def _text_slots(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The first M text tokens (B, S, D) where ``mask`` is True, the learnable token elsewhere: (B, M, D)."""
+        slots = self.config.num_text_tokens
+        used = torch.where(mask[:, :slots, None], tokens[:, :slots], self.text_pad.to(tokens.dtype))
+        free = self.text_pad.to(tokens.dtype).expand(len(tokens), slots - used.shape[1], -1)
+        return torch.cat([used, free], dim=1)
+
     def _skip_scale(self, layer: int, time: torch.Tensor) -> torch.Tensor:
         """What the long skip of a block is multiplied by, (B, 1, 1), float32."""
         top, mode = self.skip_tuning
@@ -426,15 +486,11 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         weight = time.float() / 1000 if mode == "time" else torch.full_like(time, 1e-3, dtype=torch.float32)
         return 1 + rise * (top - 1) * weight[:, None, None]
 
-    def _check_input(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, *text: torch.Tensor | None
-    ) -> None:
+    def _check_input(self, hidden_states: torch.Tensor, labels: torch.Tensor | None) -> None:
         channels = self.config.in_channels
         if hidden_states.dim() != 4 or hidden_states.shape[1] != channels:
             shape = tuple(hidden_states.shape)
             raise ValueError(f"hidden_states has shape {shape}; this model takes (B, {channels}, H, W)")
-        if any(x is not None for x in text):
-            raise ValueError("DiM reads no text; pass class_labels, not encoder_hidden_states")
         if labels is not None and not self.config.num_classes:
             raise ValueError("class_labels are given but this model has no classes; pass None")
 
@@ -451,7 +507,7 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         pad = config.num_pad_tokens
         sides = grid[0] + pad, grid[1] + pad
         with torch.device("cpu"):  # also where a model is built on the meta device: no checkpoint holds these
-            front = self.num_condition_tokens + config.num_prefix_tokens
+            front = self.num_condition_tokens + config.num_text_tokens + config.num_prefix_tokens
             patterns = DIM_PATTERNS[: config.num_scan_patterns]
             orders = torch.stack([with_prefix(dim_pattern(*sides, pattern), front) for pattern in patterns])
             pad_cells = dim_pad_tokens(*grid, pad, config.pad_layout).long().clamp(min=0).reshape(sides)

@@ -1,6 +1,7 @@
 """DiMSUM (Phung et al. 2024, arXiv:2411.04168): a diffusion denoiser that scans the image and its wavelet packets."""
 
-# B batch, C channels, H W input size, gh gw token grid, L = gh gw tokens, D hidden_size, P paths, F = 4 cell side
+# B batch, C channels, H W input size, gh gw token grid, L = gh gw tokens, D hidden_size, P paths, F = 4 cell side,
+# S context tokens
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -21,8 +22,10 @@ from genssm.layers import (
     RMSNorm,
     TimestepEmbedding,
     make_mixer,
+    masked_mean,
     mixer_options,
     modulate,
+    read_text,
     resize_positions,
     sincos_2d,
     unpatchify,
@@ -213,7 +216,7 @@ class DiMSUMLinearBlock(nn.Module):
 
 
 class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """DiMSUM denoiser for images: unconditional or class-conditional.
+    """DiMSUM denoiser for images: unconditional, class- or text-conditional.
 
     What differs from the released code: path scans, odd grids and convolutional positions run; no path moves tokens
     around in memory (each scan follows one permutation, wavelet cells included); both directions of a bidirectional
@@ -230,7 +233,9 @@ class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_layers: number of Mamba blocks. (The released "raw" type has three times its nominal depth, and with
             independent attention the nominal depth counts those blocks too.)
         num_classes: classes; 0 for a model without class labels, which still learns one row, as released.
-        null_condition: own a null class (label ``num_classes``).
+        null_condition: own a null class (label ``num_classes``) and, with text, a null text.
+        context_dim: width of the text tokens, whose mean joins the conditioning vector; 0 for a model without text.
+        text_attention: the attention blocks also read the text tokens by cross attention.
         block_type: "combined", "combined_fourier", "combined_einfft", "linear", "raw", "wave" or "window".
         scan: "alternating": rows, columns and both backwards in turn (released as "none"); "bidirectional": two
             directions with own parameters in every block ("v2"); "sweep", "zigzag" or "jpeg": paths from the corners.
@@ -262,7 +267,13 @@ class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _repeated_blocks: ClassVar[list[str]] = ["DiMSUMBlock", "DiMSUMLinearBlock", "AttentionBlock"]
     _no_split_modules: ClassVar[list[str]] = ["DiMSUMBlock", "DiMSUMLinearBlock", "AttentionBlock"]
     _keep_in_fp32_modules: ClassVar[list[str]] = ["A_log", "A_log_b", "D", "D_b", "dt_bias", "dt_bias_b"]
-    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["patch_embed", "time_embed", "label_embed", "norm"]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = [
+        "patch_embed",
+        "time_embed",
+        "label_embed",
+        "context_embed",
+        "norm",
+    ]
 
     @register_to_config
     def __init__(
@@ -274,6 +285,8 @@ class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_layers: int = 16,
         num_classes: int = 0,
         null_condition: bool = True,
+        context_dim: int = 0,
+        text_attention: bool = False,
         block_type: str = "combined",
         scan: str = "alternating",
         num_paths: int = 8,
@@ -309,6 +322,8 @@ class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"num_paths is {num_paths}; sweep, zigzag and jpeg have 8 paths")
         if attention_every < 0:
             raise ValueError(f"attention_every is {attention_every}; expected a number of blocks, or 0 for none")
+        if text_attention and not (context_dim and attention_every):
+            raise ValueError("text_attention needs text and attention blocks; set context_dim and attention_every")
         if swap_keys and block_type not in COMBINED:
             raise ValueError(f"swap_keys is a variant of the fusion, and block_type {block_type!r} fuses nothing")
         if serpentine and block_type == "window":
@@ -320,6 +335,9 @@ class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.patch_embed = PatchEmbed(in_channels, hidden_size, patch_size)
         self.time_embed = TimestepEmbedding(hidden_size, scale=1e-3)
         self.label_embed = LabelEmbedding(num_classes, hidden_size, null_condition or num_classes == 0)
+        self.context_embed = zero_bias_linear(context_dim, hidden_size) if context_dim else None
+        own_null = context_dim and null_condition
+        self.null_context = nn.Parameter(0.02 * torch.randn(context_dim)) if own_null else None
         self.positions = self.conv_positions = None
         if pos_embed == "learned":
             with torch.device("cpu"):
@@ -344,7 +362,7 @@ class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         )
         uses = num_layers // attention_every if attention_every else 0
         self.attention_blocks = nn.ModuleList(
-            AttentionBlock(hidden_size, gated_mlp=gated_mlp, out_scale=out_scale)
+            AttentionBlock(hidden_size, gated_mlp=gated_mlp, out_scale=out_scale, cross_attention=text_attention)
             for _ in range(min(uses, 1) if shared_attention else uses)
         )
         drop_path_out = DropPath(drop_path)
@@ -366,6 +384,11 @@ class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Label of the null class; None when the model has no classes or no null class."""
         return self.label_embed.null_label if self.config.num_classes else None
 
+    @property
+    def has_null_text(self) -> bool:
+        """Whether the model knows "no text": ``encoder_hidden_states`` None, or a row masked everywhere."""
+        return self.null_context is not None
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -381,7 +404,9 @@ class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
             hidden_states: noisy input, (B, C, H, W).
             timestep: (B,) or one number, 0..1000, fractions allowed.
             class_labels: (B,) int64; None means the null class.
-            encoder_hidden_states, encoder_attention_mask: must be None: the model reads no text.
+            encoder_hidden_states: text tokens, (B, S, context_dim); None means the null text.
+            encoder_attention_mask: (B, S), True (or 1) where a text token counts; None means everywhere. A row that is
+                False everywhere means the null text, in a model that has one.
             return_dict: return an output object rather than a tuple.
 
         Returns:
@@ -391,7 +416,7 @@ class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Raises:
             ValueError: shapes do not fit the model, a condition it does not know, or a missing label.
         """
-        self._check_input(hidden_states, class_labels, encoder_hidden_states, encoder_attention_mask)
+        self._check_input(hidden_states, class_labels)
         batch, grid = hidden_states.shape[0], self._token_grid(*hidden_states.shape[-2:])
         orders, frequency_orders, fixed_positions = self._layout_for(grid, hidden_states.device)
 
@@ -400,6 +425,10 @@ class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
             # made here: an offloaded table is on no device that the labels could be put on
             class_labels = torch.full((batch,), self.label_embed.null_label, device=hidden_states.device)
         c = c + self.label_embed(class_labels, batch)
+        text = (encoder_hidden_states, encoder_attention_mask)
+        context, mask = read_text(*text, batch, self.context_embed, self.null_context)  # (B, S, D), (B, S)
+        if context is not None:
+            c = c + masked_mean(context, mask)
         x = self.patch_embed(hidden_states)  # (B, L, D)
         if self.positions is not None:
             x = x + resize_positions(self.positions, self.native_grid, grid, mode="bicubic")
@@ -417,7 +446,7 @@ class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
             every = self.config.attention_every
             if every and (i + 1) % every == 0:
                 use = 0 if self.config.shared_attention else (i + 1) // every - 1
-                x = self._run(self.attention_blocks[use], x, c)  # (B, L, D)
+                x = self._run(self.attention_blocks[use], x, c, context, mask)  # (B, L, D)
         if self.norm_out is not None:
             x = self.norm_out(_accumulate(residual, self.drop_path_out(x)))
         x = self.proj_out(modulate(self.norm_final(x), *self.modulation_out(c)))  # (B, L, p p C)
@@ -462,15 +491,11 @@ class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
             return self._gradient_checkpointing_func(block, *args)
         return block(*args)
 
-    def _check_input(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, *text: torch.Tensor | None
-    ) -> None:
+    def _check_input(self, hidden_states: torch.Tensor, labels: torch.Tensor | None) -> None:
         channels = self.config.in_channels
         if hidden_states.dim() != 4 or hidden_states.shape[1] != channels:
             shape = tuple(hidden_states.shape)
             raise ValueError(f"hidden_states has shape {shape}; this model takes (B, {channels}, H, W)")
-        if any(x is not None for x in text):
-            raise ValueError("DiMSUM reads no text; pass class_labels, not encoder_hidden_states")
         if labels is not None and not self.config.num_classes:
             raise ValueError("class_labels are given but this model has no classes; pass None")
 

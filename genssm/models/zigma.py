@@ -25,8 +25,10 @@ from genssm.layers import (
     RMSNorm,
     TimestepEmbedding,
     make_mixer,
+    masked_mean,
     mixer_options,
     modulate,
+    read_text,
     resize_positions,
     sincos_2d,
     unpatchify,
@@ -267,6 +269,11 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         return None if self.label_embed is None else self.label_embed.null_label
 
     @property
+    def has_null_text(self) -> bool:
+        """Whether the model knows "no text": ``encoder_hidden_states`` None, or a row masked everywhere."""
+        return self.null_context is not None
+
+    @property
     def null_encoder_hidden_states(self) -> torch.Tensor | None:
         """The learned null text token, (context_dim,); None without text or without a null condition.
 
@@ -290,7 +297,8 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             timestep: (B,) or one number, 0..1000, fractions allowed.
             class_labels: (B,) int64; None means the null class.
             encoder_hidden_states: text tokens, (B, S, context_dim); None means the null text.
-            encoder_attention_mask: (B, S), True (or 1) where a text token counts; None means everywhere.
+            encoder_attention_mask: (B, S), True (or 1) where a text token counts; None means everywhere. A row that is
+                False everywhere means the null text, in a model that has one.
             return_dict: return an output object rather than a tuple.
 
         Returns:
@@ -299,7 +307,7 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         Raises:
             ValueError: shapes do not fit the model, or a condition is missing that the model has no null for.
         """
-        batch, frames = self._check_input(hidden_states, class_labels, encoder_hidden_states)
+        batch, frames = self._check_input(hidden_states, class_labels)
         grid = self._token_grid(*hidden_states.shape[-2:])
         token_orders, frame_orders, fixed_positions = self._layout_for(frames, grid, hidden_states.device)
 
@@ -316,10 +324,10 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         c = self.time_embed(self._network_time(timestep, batch, hidden_states.device))  # (B, D)
         if self.label_embed is not None:
             c = c + self.label_embed(class_labels, batch)
-        context, mask = self._context(encoder_hidden_states, encoder_attention_mask, batch)
+        text = (encoder_hidden_states, encoder_attention_mask)
+        context, mask = read_text(*text, batch, self.context_embed, self.null_context)  # (B, S, D), (B, S)
         if context is not None:
-            context = self.context_embed(context)  # (B, S, D)
-            c = c + _masked_mean(context, mask)
+            c = c + masked_mean(context, mask)
 
         for block, row in zip(self.blocks, self.layer_orders):
             order = frame_orders if block.axis == "time" else token_orders
@@ -347,14 +355,10 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         TransformerBlockRegistry.register(ZigMaBlock, TransformerBlockMetadata(return_hidden_states_index=0))
         super().enable_cache(config)
 
-    def _check_input(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, tokens: torch.Tensor | None
-    ) -> tuple[int, int]:
+    def _check_input(self, hidden_states: torch.Tensor, labels: torch.Tensor | None) -> tuple[int, int]:
         """Batch size and number of frames of an input that fits the model."""
         if labels is not None and self.label_embed is None:
             raise ValueError("class_labels are given but this model has no classes (num_classes is 0); leave them out")
-        if tokens is not None and self.context_embed is None:
-            raise ValueError("encoder_hidden_states are given but this model reads no text (context_dim is 0)")
         channels = self.config.in_channels
         shape = f"(B, F, {channels}, H, W)" if self.config.num_frames else f"(B, {channels}, H, W)"
         if hidden_states.dim() != (5 if self.config.num_frames else 4) or hidden_states.shape[-3] != channels:
@@ -403,36 +407,10 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         t = t.reshape(-1).expand(batch)
         return 1000 - t if self.config.time_convention == "data_at_one" else t
 
-    def _context(
-        self, tokens: torch.Tensor | None, mask: torch.Tensor | None, batch: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Text tokens (B, S, context_dim) and their mask (B, S), with the null text put in where none is given."""
-        if self.context_embed is None:
-            return None, None
-        if tokens is None:
-            if self.null_context is None:
-                raise ValueError("encoder_hidden_states is None but this model has no null text; pass text tokens")
-            return self.null_context.expand(batch, 1, -1), None
-        if tokens.dim() != 3 or tokens.shape[0] != batch or tokens.shape[2] != self.config.context_dim:
-            expected = f"({batch}, S, {self.config.context_dim})"
-            raise ValueError(f"encoder_hidden_states has shape {tuple(tokens.shape)}; expected {expected}")
-        if mask is not None and mask.shape != tokens.shape[:2]:
-            expected = tuple(tokens.shape[:2])
-            raise ValueError(f"encoder_attention_mask has shape {tuple(mask.shape)}; expected {expected}")
-        return tokens.to(self.context_embed.weight.dtype), None if mask is None else mask.bool()
-
 
 def _one_of(name: str, value: str, known: Sequence[str] | Mapping[str, Any]) -> None:
     if value not in known:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
-
-
-def _masked_mean(context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean of the tokens (B, S, D) that count, (B, D)."""
-    if mask is None:
-        return context.mean(dim=1)
-    weight = mask[..., None].to(context.dtype)
-    return (context * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
 def _layer_kinds(pattern: str | None, num_layers: int) -> list[tuple[str, int]]:

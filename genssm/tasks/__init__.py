@@ -2,12 +2,14 @@
 
 import torch
 
-from genssm.config import RunConfig
+from genssm.config import RunConfig, TextConfig
 from genssm.tasks.base import Card, Task
 from genssm.tasks.images import ImageDenoising
 from genssm.tasks.masked_token import MaskedToken
 from genssm.tasks.next_token import NextToken
+from genssm.tasks.text import TextDenoising
 from genssm.tasks.tokenizer import TokenizerTraining
+from genssm.tasks.video import TextVideoDenoising, VideoDenoising
 
 # key of genssm.models.MODELS -> what its training is
 TASKS: dict[str, type[Task]] = {
@@ -19,7 +21,19 @@ TASKS: dict[str, type[Task]] = {
     "zigma": ImageDenoising,
 }
 
-__all__ = ["TASKS", "Card", "ImageDenoising", "MaskedToken", "NextToken", "Task", "TokenizerTraining", "build_task"]
+__all__ = [
+    "TASKS",
+    "Card",
+    "ImageDenoising",
+    "MaskedToken",
+    "NextToken",
+    "Task",
+    "TextDenoising",
+    "TextVideoDenoising",
+    "TokenizerTraining",
+    "VideoDenoising",
+    "build_task",
+]
 
 
 def build_task(config: RunConfig, device: torch.device) -> Task:
@@ -31,4 +45,17 @@ def build_task(config: RunConfig, device: torch.device) -> Task:
     """
     if config.model.name not in TASKS:
         raise ValueError(f"model.name={config.model.name!r}: expected one of {', '.join(TASKS)}")
-    return TASKS[config.model.name](config, device)
+    task = TASKS[config.model.name]
+    if task is ImageDenoising:
+        task = _denoising(config)
+    return task(config, device)
+
+
+def _denoising(config: RunConfig) -> type[Task]:
+    """What a denoiser's arguments make of its training."""
+    video = bool(config.model.args.get("num_frames"))
+    if config.model.args.get("context_dim"):
+        return TextVideoDenoising if video else TextDenoising
+    if config.text != TextConfig():
+        raise ValueError("the section text is for models that read text; set model.args.context_dim or leave it out")
+    return VideoDenoising if video else ImageDenoising

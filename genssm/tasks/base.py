@@ -94,12 +94,12 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Tensors, numbers: Tensors) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: dict[str, Any], numbers: Tensors) -> torch.Tensor:
         """Loss of each item.
 
         Args:
             model: ``self.model`` as accelerate wraps it.
-            batch: items of the data set, (B, ...) each.
+            batch: items of the data set, (B, ...) each; texts as a list.
             numbers: their rows of :meth:`random_numbers`.
 
         Returns:

@@ -1,5 +1,7 @@
 """Denoisers of images: unconditional and class-conditional, in pixels or latents."""
 
+from typing import Any
+
 import torch
 from PIL import Image
 from torch import nn
@@ -18,6 +20,8 @@ from genssm.training.samples import draw_images, grid_columns
 class ImageDenoising(Task):
     """Flow matching or diffusion of images, on the objectives of :mod:`genssm.training.objectives`."""
 
+    reads_text = False
+
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         super().__init__(config, device)
         self.dataset = build_dataset(config.data)
@@ -30,9 +34,14 @@ class ImageDenoising(Task):
         self.encodes = self.vae is not None and not stored  # images become latents while training
         self.item_shape = tuple(self.dataset.item_shape)  # of what the model sees
         if self.encodes:
-            self.item_shape = tuple(encode_images(self.vae, torch.zeros(1, *self.item_shape, device=device)).shape[1:])
-        check_fit(config, self.model, self.dataset, self.item_shape, decodes=self.vae is not None or not stored)
-        self.num_classes = self.model.config.num_classes
+            self.item_shape = tuple(self.encode(torch.zeros(1, *self.item_shape, device=device)).shape[1:])
+        check_fit(config, self.denoiser, self.dataset, self.item_shape, decodes=self.vae is not None or not stored)
+        self.num_classes = self.denoiser.config.num_classes
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The denoiser itself, which may be a part of what is trained."""
+        return self.model
 
     def random_numbers(self, count: int, generator: torch.Generator) -> Tensors:
         shape = (count, *self.item_shape)
@@ -46,36 +55,47 @@ class ImageDenoising(Task):
             numbers["vae_noise"] = torch.randn(shape, generator=generator, device=self.device)
         return numbers
 
-    def loss(self, model: nn.Module, batch: Tensors, numbers: Tensors) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: dict[str, Any], numbers: Tensors) -> torch.Tensor:
         clean = batch[self.dataset.tensor_name]
         if self.encodes:
-            clean = encode_images(self.vae, clean, numbers["vae_noise"])
-        condition = {}
-        if self.num_classes:
-            labels = batch["class_labels"]
-            if "dropout" in numbers:
-                dropped = numbers["dropout"] < self.config.train.class_dropout_prob
-                labels = torch.where(dropped, self.model.null_class_label, labels)
-            condition["class_labels"] = labels
+            clean = self.encode(clean, numbers["vae_noise"])
         return self.objective.loss(
-            model, clean, noise=numbers["noise"], timesteps=numbers["timesteps"], **condition
+            model, clean, noise=numbers["noise"], timesteps=numbers["timesteps"], **self.conditions(batch, numbers)
         )  # (B,)
+
+    def encode(self, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Latents of pixels (B, C, H, W); without noise their mean."""
+        return encode_images(self.vae, pixels, noise)
+
+    def conditions(self, batch: dict[str, Any], numbers: Tensors) -> Tensors:
+        """Further arguments of the model for a batch, (B, ...) each."""
+        if not self.num_classes:
+            return {}
+        labels = batch["class_labels"]
+        if "dropout" in numbers:
+            dropped = numbers["dropout"] < self.config.train.class_dropout_prob
+            labels = torch.where(dropped, self.denoiser.null_class_label, labels)
+        return {"class_labels": labels}
 
     def sketch(self, count: int) -> torch.Tensor:
         clean = torch.zeros(count, *self.item_shape)
-        labels = {"class_labels": torch.zeros(count, dtype=torch.long)} if self.num_classes else {}
         timesteps = torch.zeros(count, dtype=self.objective.sample_timesteps(1).dtype)
-        return self.objective.loss(self.model, clean, noise=torch.zeros_like(clean), timesteps=timesteps, **labels)
+        condition = self.empty_conditions(count)
+        return self.objective.loss(self.model, clean, noise=torch.zeros_like(clean), timesteps=timesteps, **condition)
+
+    def empty_conditions(self, count: int) -> Tensors:
+        """Arguments as :meth:`conditions` gives them, all zero, on the CPU."""
+        return {"class_labels": torch.zeros(count, dtype=torch.long)} if self.num_classes else {}
 
     def describe(self) -> dict[str, str]:
         return {
-            "input": f"{self.item_shape}, {count_tokens(self.model, self.item_shape)} tokens",
+            "input": f"{self.item_shape}, {count_tokens(self.denoiser, self.item_shape)} tokens",
             "data": f"{self.config.data.name}, {len(self.dataset):,} items, {self.dataset.num_classes} classes",
         }
 
     def build_pipeline(self) -> ClassConditionalImagePipeline:
         names = list(self.dataset.class_names) if self.num_classes else None
-        return ClassConditionalImagePipeline(self.model, self.objective.scheduler(), self.vae, names)
+        return ClassConditionalImagePipeline(self.denoiser, self.objective.scheduler(), self.vae, names)
 
     def card(self) -> Card:
         classes, steps = self.num_classes, self.config.log.num_inference_steps

@@ -70,8 +70,6 @@ def check_fit(
     frames = model.config.get("num_frames", 0)
     if (item_shape[0] if len(item_shape) == 4 else 0) != frames:
         raise ValueError(f"an item is {item_shape} but model.args.num_frames is {frames}; video items are (F, C, H, W)")
-    if frames and config.log.sample_every:
-        raise ValueError("there is no video pipeline to draw samples with; set log.sample_every=0")
     classes, labels = model.config.get("num_classes", 0), dataset.num_classes
     if classes and not labels:
         raise ValueError(f"model.args.num_classes is {classes} but the data have no labels; set it to 0, or data.label")
@@ -80,7 +78,16 @@ def check_fit(
     has_null = getattr(model, "null_class_label", None) is not None
     if config.train.class_dropout_prob and not has_null:
         raise ValueError("train.class_dropout_prob drops labels to the null class, but the model has none; set it to 0")
-    if config.log.guidance_scale != 1 and not (has_null and config.train.class_dropout_prob):
+    has_null_text = getattr(model, "has_null_text", False)
+    if config.text.dropout_prob and not has_null_text:
+        raise ValueError("text.dropout_prob drops captions to the null text, but the model has none; set it to 0")
+    reads = bool(model.config.get("context_dim"))
+    if config.log.guidance_scale != 1 and reads and not config.text.dropout_prob:
+        raise ValueError(
+            f"log.guidance_scale={config.log.guidance_scale} needs a null text that was trained; "
+            "set it to 1, or text.dropout_prob to 0.1"
+        )
+    if config.log.guidance_scale != 1 and not reads and not (has_null and config.train.class_dropout_prob):
         raise ValueError(
             f"log.guidance_scale={config.log.guidance_scale} needs a null class that was trained; "
             "set it to 1, or train.class_dropout_prob to 0.1"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image
 from safetensors.numpy import save_file
 
 from genssm.config import DataConfig, LatentsConfig
@@ -230,6 +231,31 @@ def test_encode_and_read_back(tmp_path: Path, vae_folder: Path) -> None:
         check_vae(dataset, vae)
     with pytest.raises(FileExistsError, match="--out"):
         encode_dataset(DIGITS, str(vae_folder), out)
+
+
+def test_captions_travel_with_the_latents(tmp_path: Path, vae_folder: Path) -> None:
+    """The mirrored copy of a picture is left alone where the caption drawn names a side."""
+    texts = [["looks left", "a face"], ["a dot"]]
+    rows = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(texts)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    data = DataConfig(name="image_folder", path=str(tmp_path), caption="text")
+    out = encode_dataset(data, str(vae_folder), tmp_path / "out", form="sample", flip=True, quiet=True)
+    stored = build_dataset(name="latents", path=str(out), flip=True)
+    assert [stored[i]["text"] for i in (0, 1)] == ["looks left", "a dot"]
+    seen = set()
+    for key in range(64):
+        item = stored.item(0, key)
+        mirrored = key % 2 == 1 and item["text"] == "a face"
+        expected = stored.store.read(2 if mirrored else 0).astype(np.float32)
+        np.testing.assert_allclose(item["latents"], (expected - stored.shift) * stored.scale)
+        seen.add((item["text"], mirrored))
+    assert len(seen) == 3
+    (out / "captions.json").write_text(json.dumps(texts[:1]))
+    with pytest.raises(ValueError, match="2 latents but captions of 1"):
+        build_dataset(name="latents", path=str(out))
 
 
 def test_encoding_goes_on_where_it_was_stopped(

@@ -20,6 +20,37 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def with_text(inputs: Inputs, model: nn.Module) -> dict[str, Any]:
+    """The inputs with text tokens of different lengths (at most 4) for a model that reads text."""
+    if not model.config.context_dim:
+        return dict(inputs)
+    batch = len(inputs["hidden_states"])
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randn(batch, 4, model.config.context_dim, generator=generator)
+    mask = torch.arange(4)[None] < 4 - torch.arange(batch)[:, None] % 3
+    return {**inputs, "encoder_hidden_states": tokens, "encoder_attention_mask": mask}
+
+
+def check_text(model: nn.Module, inputs: Inputs) -> None:
+    """Tokens that do not count change nothing, a row without text is the null text, real text is read."""
+    model = randomise(model).eval()
+    without = {key: value for key, value in inputs.items() if not key.startswith("encoder")}
+    tokens, mask = inputs["encoder_hidden_states"], inputs["encoder_attention_mask"].clone()
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        changed = torch.where(mask[..., None], tokens, 1e3)
+        torch.testing.assert_close(model(**{**inputs, "encoder_hidden_states": changed}).sample, expected)
+        short = {**rows(inputs, slice(1, 2)), "encoder_hidden_states": tokens[1:2, :3], "encoder_attention_mask": None}
+        torch.testing.assert_close(model(**short).sample, expected[1:2], rtol=1e-5, atol=1e-5)
+        null = model(**without).sample
+        mask[1] = False
+        mixed = model(**{**inputs, "encoder_attention_mask": mask}).sample
+    torch.testing.assert_close(mixed[0], expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixed[1], null[1], rtol=1e-5, atol=1e-5)
+    assert model.has_null_text
+    assert not torch.allclose(null, expected, atol=1e-4)
+
+
 def rows(inputs: Inputs, index: slice) -> dict[str, Any]:
     """Some samples of a batch of inputs."""
     return {

@@ -18,6 +18,8 @@ VARIANTS = {
         "null_condition": False, "num_scan_patterns": 2, "num_pad_tokens": 0, "num_prefix_tokens": 0,
         "edge_convs": False, "skip_fusion": "none",
     },
+    "text": {"context_dim": 12, "num_text_tokens": 5, "null_condition": False},
+    "text_mean": {"context_dim": 12, "num_classes": 5, "duplicate_condition_tokens": True},
     "extras": {
         "num_classes": 5, "time_token_mlp": True, "duplicate_condition_tokens": True, "final_conv": True,
         "edge_dilation": 2, "pad_layout": "row_major_cycle", "num_scan_patterns": 3,
@@ -39,7 +41,7 @@ def make_inputs(model: DiM, batch: int = 2, size: tuple[int, int] = (8, 8)) -> d
     }
     if model.config.num_classes:
         inputs["class_labels"] = torch.arange(batch) % model.config.num_classes
-    return inputs
+    return common.with_text(inputs, model)
 
 
 @each_variant
@@ -49,6 +51,35 @@ def test_shapes_and_gradients(variant: str) -> None:
     assert model(**inputs).sample.shape == inputs["hidden_states"].shape
     assert model(**inputs, return_dict=False)[0].shape == inputs["hidden_states"].shape
     common.check_gradients_reach_everything(model, inputs)
+
+
+@pytest.mark.parametrize("variant", ["text", "text_mean"])
+def test_text(variant: str) -> None:
+    model = build(variant)
+    common.check_text(model, make_inputs(model))
+
+
+def test_text_stands_in_front_of_every_scan() -> None:
+    model = build("text")
+    assert model.orders[:, : 1 + 5 + 3].tolist() == [list(range(9))] * 4  # time, text, prefix
+    common.randomise(model).eval()
+    inputs = make_inputs(model)
+    reordered = {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"].flip(1)}
+    reordered["encoder_attention_mask"] = inputs["encoder_attention_mask"].flip(1)
+    with torch.no_grad():
+        difference = (model(**inputs).sample - model(**reordered).sample).abs().amax(dim=(1, 2, 3))
+    assert (difference > 1e-4).all()  # the same mean, another order
+
+
+def test_more_text_than_places_is_cut() -> None:
+    model = common.randomise(build("text")).eval()
+    tokens = torch.randn(2, 9, 12)
+    mask = torch.arange(9) < 5
+    call = {**make_inputs(model), "encoder_attention_mask": mask.expand(2, -1)}
+    short = {**call, "encoder_hidden_states": tokens[:, :5], "encoder_attention_mask": None}
+    with torch.no_grad():
+        long = model(**{**call, "encoder_hidden_states": tokens}).sample
+        torch.testing.assert_close(long, model(**short).sample, rtol=1e-5, atol=1e-5)
 
 
 def test_learned_sigma_doubles_the_channels() -> None:

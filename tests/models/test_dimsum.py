@@ -29,6 +29,8 @@ VARIANTS = {
     "linear": {"block_type": "linear", "scan": "sweep", "learn_sigma": True},
     "raw": {"block_type": "raw", "attention_every": 0},
     "wave": {"block_type": "wave", "scan": "zigzag", "num_classes": 5},
+    "text": {"context_dim": 12, "text_attention": True, "attention_every": 1},
+    "text_mean": {"block_type": "linear", "context_dim": 12, "num_classes": 5},
     "window": {"block_type": "window", "time_convention": "data_at_one"},
 }
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -47,7 +49,17 @@ def make_inputs(model: DiMSUM, batch: int = 2, size: tuple[int, int] = (8, 8)) -
     }
     if model.config.num_classes:
         inputs["class_labels"] = torch.arange(batch) % model.config.num_classes
-    return inputs
+    return common.with_text(inputs, model)
+
+
+@pytest.mark.parametrize("variant", ["text", "text_mean"])
+def test_text(variant: str) -> None:
+    model = build(variant)
+    common.check_text(model, make_inputs(model))
+    with pytest.raises(ValueError, match="no null text"):
+        build(variant, null_condition=False)(
+            torch.zeros(1, 3, 8, 8), 1.0, torch.tensor([0]) if "mean" in variant else None
+        )
 
 
 @each_variant
@@ -57,7 +69,8 @@ def test_shapes_and_gradients(variant: str) -> None:
     channels = 6 if variant == "linear" else 3
     assert model(**inputs).sample.shape == (2, channels, 8, 8)
     assert model(**inputs, return_dict=False)[0].shape == (2, channels, 8, 8)
-    common.check_gradients_reach_everything(model.eval(), inputs)
+    unused = ("null_context",)  # of the text variants; every row has text
+    common.check_gradients_reach_everything(model.eval(), inputs, unused)
 
 
 @each_variant

@@ -41,10 +41,7 @@ def make_inputs(model: ZigMa, batch: int = 2, size: tuple[int, int] = (8, 8), fr
     }
     if config.num_classes:
         inputs["class_labels"] = torch.arange(batch) % config.num_classes
-    if config.context_dim:
-        inputs["encoder_hidden_states"] = torch.randn(batch, 4, config.context_dim, generator=generator)
-        inputs["encoder_attention_mask"] = torch.arange(4)[None] < 4 - torch.arange(batch)[:, None] % 3
-    return inputs
+    return common.with_text(inputs, model)
 
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -135,6 +132,11 @@ def test_null_text_of_any_length() -> None:
     assert torch.autograd.grad(absent.square().mean(), model.null_context)[0].abs().max() > 0
     with pytest.raises(ValueError, match="no null text"):
         build("text", null_condition=False)(inputs["hidden_states"], 1.0)
+
+
+def test_text() -> None:
+    model = build("text")
+    common.check_text(model, make_inputs(model))
 
 
 def test_masked_text_tokens_do_not_matter() -> None:
@@ -343,6 +345,7 @@ def test_bad_configurations(change: dict, message: str) -> None:
         ("classes", {"class_labels": torch.zeros(3).long()}, "one per sample"),
         ("text", {"encoder_hidden_states": torch.zeros(2, 4, 13)}, "S, 12"),
         ("text", {"encoder_attention_mask": torch.ones(2, 5)}, "encoder_attention_mask"),
+        ("text", {"encoder_hidden_states": None}, "without encoder_hidden_states"),
         ("video_factorised", {"hidden_states": torch.zeros(2, 3, 8, 8)}, "takes"),
     ],
 )

@@ -83,7 +83,8 @@ def test_registration_is_repeatable_and_guarded(monkeypatch: pytest.MonkeyPatch)
 
     assert registration.register_library()
     assert registration.register_library()
-    assert set(pipeline_loading_utils.LOADABLE_CLASSES["genssm"]) == {"ModelMixin", "SchedulerMixin"}
+    known = {"ModelMixin", "SchedulerMixin", "CaptionTokenizer"}
+    assert set(pipeline_loading_utils.LOADABLE_CLASSES["genssm"]) == known
     for name in ("ModelMixin", "SchedulerMixin"):
         assert getattr(genssm, name) is getattr(diffusers, name)
     assert diffusers.ClassConditionalImagePipeline is ClassConditionalImagePipeline

@@ -373,7 +373,7 @@ def test_latents_on_the_fly_and_cached(tmp_path: Path, vae_folder: Path, cached:
 
 
 def test_video_latents(tmp_path: Path) -> None:
-    """Clips (F, C, H, W) train as images do; they cannot be drawn yet."""
+    """Clips (F, C, H, W) train as images do; without a VAE they cannot be drawn."""
     clips = np.random.default_rng(0).standard_normal((20, 3, 2, 4, 4), np.float32)
     np.savez(tmp_path / "clips.npz", latents=clips, labels=np.arange(20) % 10)
     options = (
@@ -384,7 +384,7 @@ def test_video_latents(tmp_path: Path) -> None:
     )  # fmt: skip
     run = run_train(tmp_path / "run", *options)
     assert latest_checkpoint(run).name == "step_0000002"
-    for wrong, message in (("log.sample_every=2", "no video pipeline"), ("model.args.num_frames=5", "num_frames is 5")):
+    for wrong, message in (("log.sample_every=2", "need a VAE"), ("model.args.num_frames=5", "num_frames is 5")):
         with pytest.raises(ValueError, match=message):
             run_train(tmp_path / "other", *options, wrong)
 
