@@ -8,6 +8,7 @@ from diffusers import AmusedScheduler, DiffusionPipeline
 
 from genssm.models import MaskMamba
 from genssm.pipelines import MaskedImagePipeline
+from genssm.schedulers import swap_scheduler
 from tests.models.common import randomise
 from tests.models.test_vq import make_tokenizer
 
@@ -115,3 +116,5 @@ def test_errors(pipe: MaskedImagePipeline) -> None:
             pipe([0, 1], **call)
     with pytest.raises(ValueError, match="masks with 31 but the model with 32"):
         MaskedImagePipeline(pipe.model, pipe.vqvae, AmusedScheduler(31))
+    with pytest.raises(ValueError, match="samples no denoiser"):
+        swap_scheduler(pipe.scheduler, "heun")
