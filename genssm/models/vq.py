@@ -229,7 +229,7 @@ class VectorQuantizer(nn.Module):
         commitment_weight: float = 0.25,
         entropy_weight: float = 0.0,
         entropy_temperature: float = 0.01,
-        usage_decay: float = 0.99,
+        usage_decay: float = 0.95,
     ) -> None:
         super().__init__()
         self.normalize = normalize
