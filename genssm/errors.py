@@ -1,10 +1,21 @@
 """How a command line ends: a user's mistake is one clear line and exit code 2, never a traceback."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 
-USER_ERRORS = (ValueError, ImportError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class SaveError(OSError):
+    """Something could not be written; the message says what, why, and what is still whole."""
+
+
+USER_ERRORS = (
+    ValueError, ImportError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError,
+    SaveError,
+)  # fmt: skip
 
 
 def cli(main: Callable[[], int | None]) -> None:
@@ -26,4 +37,9 @@ def cli(main: Callable[[], int | None]) -> None:
         if os.environ.get("GENSSM_DEBUG") == "1":
             raise
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _NO_ROOM or os.environ.get("GENSSM_DEBUG") == "1":
+            raise
+        print(f"error: {error}: make room and run the same command again", file=sys.stderr)
         sys.exit(2)

@@ -15,7 +15,7 @@ from genssm.data.images import CachedImages, ImageDataset
 from genssm.data.latents import LatentDataset, open_latents
 from genssm.data.shards import webdataset
 from genssm.data.sources import DATASETS as FOLDERS_AND_FILES
-from genssm.data.sources import Source
+from genssm.data.sources import READ_ERRORS, Source
 from genssm.data.transforms import CROPS, ImageTransform
 
 IMAGE_DATASETS = {**FOLDERS_AND_FILES, "webdataset": webdataset, "coco": coco}
@@ -97,7 +97,13 @@ def _open_source(config: DataConfig) -> Source:
     read = (IMAGE_DATASETS | CLIP_DATASETS)[config.name]
     told = config.name in CAPTION_OPTION and config.caption != CLASS
     options = {"caption": config.caption} if told else {}
-    source = read(config.path, config.split, config.label, config.download, **options)
+    try:
+        source = read(config.path, config.split, config.label, config.download, **options)
+    except FileNotFoundError:
+        raise
+    except READ_ERRORS as error:
+        where = "" if config.path is None or str(config.path) in str(error) else f"data.path={config.path}: "
+        raise ValueError(f"{where}{error or type(error).__name__}") from error
     if config.caption != CLASS:
         return source
     if source.labels is None:

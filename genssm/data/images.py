@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from genssm.data.captions import draw_caption, mirrors
-from genssm.data.sources import Source
+from genssm.data.sources import READ_ERRORS, Source
 from genssm.data.transforms import ImageTransform, to_model_range
 
 logger = logging.getLogger("genssm")
@@ -45,10 +45,10 @@ class ImageDataset(torch.utils.data.Dataset):
         name = self.source.names(index)
         try:
             pixels = self.arrange(self.source.read(index), key)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow on a broken PNG
-            raise ValueError(f"cannot read image {name}: {error}") from error
         except ValueError as error:
             raise ValueError(f"image {name}: {error}") from None
+        except READ_ERRORS as error:
+            raise ValueError(f"cannot read image {name}: {error}") from error
         if pixels.shape != getattr(self, "item_shape", pixels.shape):
             raise ValueError(f"image {name} is {pixels.shape} but the first one {self.item_shape}; set data.resolution")
         return pixels

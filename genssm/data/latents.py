@@ -16,6 +16,7 @@ import torch
 from genssm.config import LatentsConfig
 from genssm.data.captions import draw_caption, mirrors
 from genssm.data.layouts import LAYOUTS, Store
+from genssm.data.sources import READ_ERRORS, count_classes
 
 logger = logging.getLogger("genssm")
 
@@ -33,7 +34,10 @@ def open_latents(path: str | None, split: str, config: LatentsConfig, *, flip: b
     if config.layout != "auto" and config.layout not in LAYOUTS:
         raise ValueError(f"data.latents.layout={config.layout!r}: expected auto, {', '.join(LAYOUTS)}")
     for name in LAYOUTS if config.layout == "auto" else (config.layout,):
-        store = LAYOUTS[name](root)
+        try:
+            store = LAYOUTS[name](root)
+        except READ_ERRORS as error:
+            raise ValueError(f"cannot read {root} as latents of layout {name}: {_reason(error)}") from error
         if store is not None:
             break
     else:
@@ -94,10 +98,10 @@ class LatentDataset(torch.utils.data.Dataset):
         self.captions = store.captions
         if self.captions is not None and len(self.captions) != self.count:
             raise ValueError(f"{self.count} latents but captions of {len(self.captions)}; encode them again")
-        count = 0 if self.labels is None else int(self.labels.max()) + 1
+        count = 0 if self.labels is None else count_classes(self.labels)
         self.class_names = store.class_names or tuple(str(i) for i in range(count))
         self.num_classes = len(self.class_names)
-        shape = store.read(0).shape
+        shape = self._stored(0).shape
         if form != "sample" and shape[0] % 2:
             raise ValueError(f"form {form} needs two halves of channels, but a stored array is {shape}")
         self.item_shape = shape if form == "sample" else (shape[0] // 2, *shape[1:])
@@ -114,7 +118,7 @@ class LatentDataset(torch.utils.data.Dataset):
         if mirrored and self.captions is not None:
             mirrored = mirrors(draw_caption(self.captions[index], key))
         row = index + self.count if mirrored else index
-        z = np.asarray(self.store.read(row), np.float32)
+        z = np.asarray(self._stored(row), np.float32)
         if self.form != "sample":
             z, spread = np.split(z, 2)
             if key is not None:
@@ -122,6 +126,12 @@ class LatentDataset(torch.utils.data.Dataset):
                 draw = np.random.Generator(np.random.Philox(key))
                 z = z + deviation * draw.standard_normal(z.shape, np.float32)
         return z if self.scaled else (z - self.shift) * self.scale
+
+    def _stored(self, row: int) -> np.ndarray:
+        try:
+            return self.store.read(row)
+        except READ_ERRORS as error:
+            raise ValueError(f"cannot read row {row} of the latents: {_reason(error)}") from error
 
     def item(self, index: int, key: int | None) -> dict[str, Any]:
         """One training item; ``key`` decides what is random in it, None leaves nothing random."""
@@ -137,7 +147,7 @@ class LatentDataset(torch.utils.data.Dataset):
 
     def in_memory(self) -> "LatentDataset":
         """The same data set with every stored array read once and kept."""
-        arrays = np.stack([self.store.read(row) for row in range(self.store.rows)])
+        arrays = np.stack([self._stored(row) for row in range(self.store.rows)])
         kept = copy.copy(self)
         kept.store = dataclasses.replace(self.store, read=lambda row: arrays[row])
         return kept
@@ -155,6 +165,10 @@ class LatentDataset(torch.utils.data.Dataset):
                 declared,
                 deviation,
             )
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def load_vae(path: str | Path) -> torch.nn.Module:

@@ -9,12 +9,14 @@ is to start there: no loader has a state.
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from genssm.data.codes import CachedCodes
 from genssm.data.images import CachedImages
+from genssm.errors import USER_ERRORS
 from genssm.training.seeding import derive, hash_integers, permutation
 
 
@@ -94,8 +96,16 @@ class _Keyed(torch.utils.data.Dataset):
     def __init__(self, dataset: torch.utils.data.Dataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, address: tuple[int, int]) -> Mapping[str, object]:
-        return self.dataset.item(*address)
+    def __getitem__(self, address: tuple[int, int]) -> Mapping[str, object] | Exception:
+        try:
+            return self.dataset.item(*address)
+        except USER_ERRORS as error:
+            return error  # raised by the training process: a loader would wrap it in a traceback
+
+
+def _collate(items: list[Mapping[str, object] | Exception]) -> Any:
+    failed = next((item for item in items if isinstance(item, Exception)), None)
+    return failed or torch.utils.data.default_collate(items)
 
 
 class _Pieces(torch.utils.data.Sampler):
@@ -136,6 +146,9 @@ def training_batches(
         last: step to stop before.
         device: where the tensors go.
         num_workers: loader processes; the data do not depend on it.
+
+    Raises:
+        ValueError: an item cannot be read; the message names it.
     """
     device = torch.device(device)
     if isinstance(dataset, CachedImages | CachedCodes):
@@ -149,8 +162,11 @@ def training_batches(
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_interrupts_alone,
+        collate_fn=_collate,
     )
     for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
         yield _moved(batch, device)
 
 

@@ -8,16 +8,28 @@ reader that needs them.
 import csv
 import gzip
 import os
+import pickle
+import struct
+import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors import SafetensorError
 
 from genssm.data.captions import SIDECAR, Captions, from_rows, from_sidecars, read_json
 from genssm.training.seeding import permutation
 
+# What the readers of broken files raise; Pillow's include a SyntaxError.
+READ_ERRORS = (
+    OSError, ValueError, LookupError, EOFError, SyntaxError, struct.error, zlib.error, zipfile.BadZipFile,
+    tarfile.TarError, pickle.UnpicklingError, SafetensorError, Image.DecompressionBombError,
+)  # fmt: skip
+MOST_CLASSES = 1_000_000
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
@@ -70,8 +82,15 @@ def from_arrays(images: np.ndarray, labels: np.ndarray | None, class_names: Sequ
         labels = np.asarray(labels).reshape(-1).astype(np.int64)
         if len(labels) != len(images):
             raise ValueError(f"{len(images)} images but {len(labels)} labels")
-        class_names = class_names or [str(i) for i in range(int(labels.max()) + 1)]
+        class_names = class_names or [str(i) for i in range(count_classes(labels))]
     return Source(lambda i: Image.fromarray(images[i]), len(images), labels, tuple(class_names))
+
+
+def count_classes(labels: np.ndarray) -> int:
+    """One more than the highest label; ValueError for labels that are no class numbers."""
+    if len(labels) and (labels.min() < 0 or labels.max() >= MOST_CLASSES):
+        raise ValueError(f"labels are {labels.min()}..{labels.max()}; expected class numbers 0..{MOST_CLASSES - 1}")
+    return int(labels.max()) + 1 if len(labels) else 0
 
 
 def digits(path: str | None, split: str, label: str | None, download: bool) -> Source:
@@ -139,8 +158,11 @@ def _find_idx(folder: Path, part: str) -> tuple[Path, Path] | None:
 
 def read_idx(path: Path) -> np.ndarray:
     """The uint8 array of an IDX file (big-endian header: 0, 0, type, rank, sizes), packed with gzip or not."""
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if data[:3] != b"\x00\x00\x08":
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is cut off or damaged: {error}") from error
+    if data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
         raise ValueError(f"{path} is not an IDX file of bytes")
     shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
