@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to draw")
@@ -90,7 +90,7 @@ def parse_args() -> argparse.Namespace:
     machine.add_argument("--device", help="default: the accelerator, else the CPU")
     machine.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
     machine.add_argument("--compile", action="store_true", help="compile the denoiser's repeated blocks")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.changed = [key for key in (*CALL, "scheduler", "ode_solver") if getattr(args, key) != parser.get_default(key)]
     return args
 
@@ -277,9 +277,9 @@ def draw_grid(args: argparse.Namespace, count: int, classes: int, video: bool) -
     return make_grid([frame for clip in clips for frame in clip], len(clips[0]), args.upscale)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Load, draw what is missing, write files and the grid."""
-    args = parse_args()
+    args = parse_args(arguments)
     folder = resolve_pipeline(args.model)
     # accelerate joins processes on the CPU only when told that the CPU is meant.
     use_cpu = args.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
@@ -293,7 +293,7 @@ def main() -> None:
         "num_images": args.num_images or len(labels or texts.get("prompt", ())) or 16,
         "model": str(args.model),
         "pipeline": str(folder),
-        "command": sys.argv,
+        "command": sys.argv if arguments is None else ["sample.py", *arguments],
         "processes": state.num_processes,
         "versions": env.versions(),
     }

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -52,9 +52,14 @@ class FeatureProtocol:
 
 
 class FeatureExtractor(abc.ABC):
-    """A feature network in evaluation mode on one device; ``protocol`` says which."""
+    """A feature network in evaluation mode on one device; ``protocol`` says which.
+
+    Attributes:
+        gaussian: the part of a feature vector whose mean and covariance are taken.
+    """
 
     protocol: FeatureProtocol
+    gaussian: ClassVar[slice] = slice(None)
 
     def __init__(self, device: str | torch.device) -> None:
         self.device = torch.device(device)
@@ -112,7 +117,7 @@ class InceptionFeatures(FeatureExtractor):
             logger.warning("%s is not the published %s (sha256 %s); no FID", file, known.name, known.sha256)
         load = _load_pytorch_fid if resize == "legacy_pytorch" else _load_torchscript
         self.network = load(file, resize).to(self.device).eval()
-        self._resize = _build_resizer(resize)
+        self._resize = build_resizer(resize)
         self.protocol = FeatureProtocol(
             name=f"{known.name} pool_3" if is_published else file.name,
             weights_sha256=digest,
@@ -151,6 +156,11 @@ class ClassifierFeatures(FeatureExtractor):
                 f"train one at the size of the samples (python -m genssm.metrics.classifier --resolution)"
             )
         return self.network.features(images.to(self.device))
+
+    @torch.no_grad()
+    def scores(self, features: Tensor) -> Tensor:
+        """Class scores before the softmax, (B, K) float32 on the CPU, from features (B, F) of :meth:`__call__`."""
+        return self.network.scores(features.to(self.device)).cpu()
 
     @torch.no_grad()
     def classes(self, features: Tensor) -> Tensor:
@@ -277,12 +287,19 @@ class _PytorchFid(nn.Module):
         return self.network(x / 255)[0].flatten(1)
 
 
-def _build_resizer(mode: str) -> Any:
-    """uint8 (B, 3, H, W) -> float32 (B, 3, 299, 299) in 0..255 (``legacy_tensorflow``: size unchanged)."""
-    from cleanfid.resize import build_resizer
+def build_resizer(mode: str, size: int = 299) -> Any:
+    """uint8 (B, 3, H, W) -> float32 (B, 3, size, size) in 0..255 (``legacy_tensorflow``: size unchanged).
+
+    Args:
+        mode: a resize of clean-fid.
+        size: side of the square; other sizes than Inception's are for ``clean`` alone.
+    """
+    from cleanfid import resize as theirs
 
     with warnings.catch_warnings():  # clean-fid silences every warning of the process here
-        resize = build_resizer(mode)
+        resize = (
+            theirs.build_resizer(mode) if size == 299 else theirs.make_resizer("PIL", False, "bicubic", (size, size))
+        )
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
     def one(image: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import genssm
+from genssm.metrics.features import FeatureProtocol
 from genssm.metrics.frechet import Gaussian, KernelDistance, kid
 from genssm.metrics.statistics import Statistics
 from genssm.metrics.weights import short_hash
@@ -40,12 +41,11 @@ class Comparison:
     allowed: dict[str, tuple[Any, Any]]
 
 
-def metric_name(samples: Statistics) -> str:
+def metric_name(protocol: FeatureProtocol) -> str:
     """``FID`` for the network and resize of the FID protocol, otherwise a name that cannot be taken for it."""
-    if samples.protocol.is_fid:
+    if protocol.is_fid:
         return "FID"
-    digest = short_hash(samples.protocol.weights_sha256)
-    return f"Frechet distance in the features of {samples.protocol.name} ({digest}), not FID"
+    return f"Frechet distance in the features of {protocol.name} ({short_hash(protocol.weights_sha256)}), not FID"
 
 
 def check_same_features(samples: Statistics, reference: Statistics) -> None:
@@ -98,11 +98,11 @@ def build_report(
         ValueError: the statistics come from different networks.
     """
     check_same_features(samples, reference)
-    real = _gaussian(reference)
+    real = gaussian_of(reference)
     report: dict[str, Any] = {
         "format": FORMAT,
-        "metric": metric_name(samples),
-        "value": _gaussian(samples).distance(real),
+        "metric": metric_name(samples.protocol),
+        "value": gaussian_of(samples).distance(real),
         "kid": _kid(samples, reference) if with_kid else None,
         "floor": _landmark(floor, real),
         "noise_ceiling": _landmark(noise, real),
@@ -246,7 +246,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def _gaussian(statistics: Statistics) -> Gaussian:
+def gaussian_of(statistics: Statistics) -> Gaussian:
+    """The Gaussian of statistics, from few features or from their moments, whichever is sooner."""
     features = statistics.features
     if features is not None and len(features) <= features.shape[1]:
         return Gaussian.of_features(features)  # the same Gaussian, much sooner
@@ -256,7 +257,7 @@ def _gaussian(statistics: Statistics) -> Gaussian:
 def _landmark(statistics: Statistics | None, reference: Gaussian) -> dict[str, Any] | None:
     if statistics is None:
         return None
-    value = _gaussian(statistics).distance(reference)
+    value = gaussian_of(statistics).distance(reference)
     return asdict(Landmark(statistics.name, statistics.count, statistics.sha256, value))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,8 +98,9 @@ def collect(
             if not torch.isfinite(features).all():
                 row = int((~torch.isfinite(features).all(dim=1)).nonzero()[0])
                 raise ValueError(f"{source.name}: the features of image {indices[row]} are not finite")
-            part.moments = part.moments or Moments(features.shape[1])
-            part.moments.update(features)
+            fitted = features[:, extractor.gaussian]
+            part.moments = part.moments or Moments(fitted.shape[1])
+            part.moments.update(fitted)
             part.indices += indices
             part.digests += [image_digest(image) for image in images]
             part.sizes.add((int(images.shape[2]), int(images.shape[3])))
@@ -135,7 +137,12 @@ def save_statistics(path: str | Path, statistics: Statistics, *, with_features: 
             raise ValueError(f"the features of {statistics.name} were not kept; collect them with keep_features")
         arrays["features"] = statistics.features
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **arrays)
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        np.savez(partial, **arrays)
+        os.replace(partial, path)  # a reader beside us sees the whole file or none
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_statistics(path: str | Path) -> Statistics:

@@ -74,3 +74,48 @@ def stand_in_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     torch.jit.script(InceptionStandIn().eval()).save(str(file))
     return file
+
+
+@pytest.fixture(scope="session")
+def fidelity_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights for torch-fidelity's Inception, scaled to keep the images apart."""
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+
+    file = tmp_path_factory.mktemp("fidelity") / "weights.pth"
+    state: dict[str, Tensor] = {}
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fidelity, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        network = fidelity.FeatureExtractorInceptionV3
+        patch.setattr(network, "load_state_dict", lambda self, _: state.update(self.state_dict()))
+        network("random", ["2048"], verbose=False)
+    torch.save({name: 2 * v if v.ndim == 4 else v for name, v in state.items()}, file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def dinov2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random DINOv2."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    folder = tmp_path_factory.mktemp("dinov2")
+    transformers.Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random CLIP vision tower."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+        projection_dim=8,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("clip")
+    transformers.CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    return folder

@@ -86,12 +86,12 @@ def test_warnings_stay_audible(stand_in_file: Path) -> None:
     """clean-fid's bilinear resizer silences every warning of the process; ours must not."""
     import warnings
 
-    from genssm.metrics.features import _build_resizer
+    from genssm.metrics.features import build_resizer
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         before = list(warnings.filters)
-        _build_resizer("legacy_pytorch")
+        build_resizer("legacy_pytorch")
         assert warnings.filters == before
 
 
