@@ -1,28 +1,27 @@
 """Encode a data set once with a VAE: ``python -m genssm.data.encode --vae VAE --out FOLDER name=image_folder path=...``
 
 The result is a folder that ``data.name: latents`` reads: ``latents.npy`` (memory-mapped, one array per split),
-``labels.npy``, ``captions.json`` and ``meta.json``. It is written beside its final place and renamed when complete; a
-command that was stopped continues where it was.
+``labels.npy``, ``captions.json`` and ``meta.json`` with checksums (:mod:`genssm.data.blocks`). It is written beside its
+final place and renamed when complete; a command that was stopped continues where it was, and under ``accelerate
+launch`` or ``torchrun`` the processes share the work.
 """
 
 import argparse
 import dataclasses
-import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from genssm.config import DataConfig, load_data_config
 from genssm.data import build_dataset
+from genssm.data.blocks import fill_folder
 from genssm.data.images import ImageDataset
 from genssm.data.latents import load_vae, vae_moments, vae_scaling
 from genssm.data.transforms import to_model_range
 from genssm.errors import cli
-
-SAVE_EVERY = 50  # batches between notes of progress
 
 
 def encode_dataset(
@@ -34,7 +33,7 @@ def encode_dataset(
     flip: bool = False,
     dtype: str = "float16",
     batch_size: int = 32,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     quiet: bool = False,
 ) -> Path:
     """Encode every image of a data set.
@@ -79,31 +78,27 @@ def encode_dataset(
         "vae": str(vae_path),
         "data": dataclasses.asdict(config),
     }
-    part = out.with_name(out.name + ".partial")
-    done = begin_partial(part, meta)
-    mode = "r+" if done else "w+"
-    latents = np.lib.format.open_memmap(part / "latents.npy", mode=mode, dtype=dtype, shape=(rows, *shape))
-    if dataset.labels is not None:
-        np.save(part / "labels.npy", dataset.labels)
+    beside = {} if dataset.labels is None else {"labels.npy": dataset.labels}
     if dataset.captions is not None:
-        write_json(part / "captions.json", dataset.captions)
-    bar = tqdm(total=rows, initial=done, unit="image", disable=quiet or None)
-    for number, start in enumerate(range(done, rows, batch_size), 1):
-        stop = min(start + batch_size, rows)
-        latents[start:stop] = _encode(vae, dataset, start, stop, form, device).astype(dtype)
-        bar.update(stop - start)
-        if number % SAVE_EVERY == 0:
-            latents.flush()
-            write_json(part / "progress.json", {"done": stop, "meta": meta})
-    bar.close()
-    latents.flush()
-    write_json(part / "meta.json", meta)
-    (part / "progress.json").unlink()
-    os.replace(part, out)
-    return out
+        beside["captions.json"] = dataset.captions
+
+    def compute(start: int, stop: int) -> np.ndarray:
+        return _encode(vae, dataset, start, stop, form, device)
+
+    return fill_folder(
+        out,
+        "latents.npy",
+        meta,
+        compute,
+        shape=(rows, *shape),
+        dtype=dtype,
+        beside=beside,
+        batch_size=batch_size,
+        quiet=quiet,
+    )
 
 
-def _stored_shape(vae: torch.nn.Module, dataset: ImageDataset, form: str, device: str) -> list[int]:
+def _stored_shape(vae: torch.nn.Module, dataset: ImageDataset, form: str, device: str | torch.device) -> list[int]:
     clips = len(dataset.item_shape) == 4
     if form == "mean_logvar" and clips:
         raise ValueError("clips are stored as samples; use --form sample")
@@ -123,21 +118,10 @@ def _moments(vae: torch.nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, 
     return mean.unflatten(0, pixels.shape[:2]), None
 
 
-def begin_partial(part: Path, meta: dict) -> int:
-    """Make the half-made folder, or find how many rows an earlier run of the same command left in it."""
-    if not part.exists():
-        part.mkdir(parents=True)
-        write_json(part / "progress.json", {"done": 0, "meta": meta})
-        return 0
-    note = part / "progress.json"
-    found = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    if found.get("meta") != meta:
-        raise ValueError(f"{part} was begun with other settings; remove it to start anew")
-    return found["done"]
-
-
 @torch.no_grad()
-def _encode(vae: torch.nn.Module, dataset: ImageDataset, start: int, stop: int, form: str, device: str) -> np.ndarray:
+def _encode(
+    vae: torch.nn.Module, dataset: ImageDataset, start: int, stop: int, form: str, device: str | torch.device
+) -> np.ndarray:
     """Rows ``start .. stop - 1``; rows from the length of the data set on are mirrored images."""
     count = len(dataset)
     pixels = torch.from_numpy(np.stack([dataset.pixels(row % count) for row in range(start, stop)]))
@@ -146,12 +130,6 @@ def _encode(vae: torch.nn.Module, dataset: ImageDataset, start: int, stop: int, 
     mean, logvar = _moments(vae, to_model_range(pixels).to(device))
     stored = torch.cat([mean, logvar], 1) if form == "mean_logvar" else mean
     return stored.float().cpu().numpy()
-
-
-def write_json(path: Path, value: object) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def main() -> None:
@@ -174,6 +152,8 @@ def main() -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
     config = load_data_config(args.config, args.overrides)
+    # accelerate joins processes on the CPU only when told that the CPU is meant.
+    state = PartialState(cpu=args.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))
     out = encode_dataset(
         config,
         args.vae,
@@ -182,10 +162,11 @@ def main() -> None:
         flip=args.flip,
         dtype=args.dtype,
         batch_size=args.batch_size,
-        device=args.device,
+        device=args.device if state.num_processes == 1 else state.device,
         quiet=args.quiet,
     )
-    print(f"latents of {config.name} in {out}; train with data.name=latents data.path={out} data.vae={args.vae}")
+    if state.is_main_process:
+        print(f"latents of {config.name} in {out}; train with data.name=latents data.path={out} data.vae={args.vae}")
 
 
 if __name__ == "__main__":

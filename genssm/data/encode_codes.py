@@ -1,23 +1,24 @@
 """Encode a data set once with a VQ tokenizer: ``python -m genssm.data.encode_codes --tokenizer RUN --out FOLDER ...``
 
 The result is a folder that ``data.name: codes`` reads: ``codes.npy`` (images, views, codes; memory-mapped),
-``labels.npy`` and ``meta.json``. It is written beside its final place and renamed when complete; a command that was
-stopped continues where it was.
+``labels.npy`` and ``meta.json`` with checksums (:mod:`genssm.data.blocks`). It is written beside its final place and
+renamed when complete; a command that was stopped continues where it was, and under ``accelerate launch`` or
+``torchrun`` the processes share the work.
 """
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from genssm.config import DataConfig, load_data_config
 from genssm.data import build_dataset
+from genssm.data.blocks import fill_folder
 from genssm.data.codes import load_tokenizer
-from genssm.data.encode import SAVE_EVERY, begin_partial, write_json
 from genssm.data.transforms import to_model_range
 from genssm.errors import cli
 
@@ -30,7 +31,7 @@ def encode_codes(
     *,
     flip: bool = False,
     batch_size: int = 32,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     quiet: bool = False,
 ) -> Path:
     """Encode every image of a data set to codes.
@@ -73,34 +74,24 @@ def encode_codes(
         "tokenizer": str(tokenizer_path),
         "data": dataclasses.asdict(config),
     }
-    part = out.with_name(out.name + ".partial")
-    done = begin_partial(part, meta)
-    codes = np.lib.format.open_memmap(
-        part / "codes.npy",
-        mode="r+" if done else "w+",
-        dtype=np.uint16 if vocabulary <= 2**16 else np.int32,
-        shape=(rows, views, height * width),
-    )
-    if dataset.labels is not None:
-        np.save(part / "labels.npy", dataset.labels)
-    bar = tqdm(total=rows, initial=done, unit="image", disable=quiet or None)
-    for number, start in enumerate(range(done, rows, batch_size), 1):
-        stop = min(start + batch_size, rows)
+
+    def compute(start: int, stop: int) -> np.ndarray:
         images = torch.from_numpy(np.stack([dataset.pixels(row) for row in range(start, stop)]))
         images = to_model_range(images).to(device)
-        for view in range(views):
-            drawn = tokenizer.tokenize(images.flip(-1) if view else images)
-            codes[start:stop, view] = drawn.cpu().numpy().astype(codes.dtype)
-        bar.update(stop - start)
-        if number % SAVE_EVERY == 0:
-            codes.flush()
-            write_json(part / "progress.json", {"done": stop, "meta": meta})
-    bar.close()
-    codes.flush()
-    write_json(part / "meta.json", meta)
-    (part / "progress.json").unlink()
-    os.replace(part, out)
-    return out
+        drawn = [tokenizer.tokenize(images.flip(-1) if view else images) for view in range(views)]
+        return torch.stack(drawn, 1).cpu().numpy()  # (B, views, codes)
+
+    return fill_folder(
+        out,
+        "codes.npy",
+        meta,
+        compute,
+        shape=(rows, views, height * width),
+        dtype=np.uint16 if vocabulary <= 2**16 else np.int32,
+        beside={} if dataset.labels is None else {"labels.npy": dataset.labels},
+        batch_size=batch_size,
+        quiet=quiet,
+    )
 
 
 def main() -> None:
@@ -121,16 +112,19 @@ def main() -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
     config = load_data_config(args.config, args.overrides)
+    # accelerate joins processes on the CPU only when told that the CPU is meant.
+    state = PartialState(cpu=args.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))
     out = encode_codes(
         config,
         args.tokenizer,
         args.out,
         flip=args.flip,
         batch_size=args.batch_size,
-        device=args.device,
+        device=args.device if state.num_processes == 1 else state.device,
         quiet=args.quiet,
     )
-    print(f"codes of {config.name} in {out}; train with data.name=codes data.path={out} data.vae={args.tokenizer}")
+    if state.is_main_process:
+        print(f"codes of {config.name} in {out}; train with data.name=codes data.path={out} data.vae={args.tokenizer}")
 
 
 if __name__ == "__main__":

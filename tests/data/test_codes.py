@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from genssm.config import DataConfig
-from genssm.data import build_dataset, cache_dataset
-from genssm.data import encode_codes as encoder
+from genssm.data import blocks, build_dataset, cache_dataset
 from genssm.data.codes import load_tokenizer
 from genssm.data.encode_codes import encode_codes
 from genssm.pipelines import ReconstructionPipeline
@@ -50,21 +49,22 @@ def test_codes_are_those_of_the_tokenizer(tokenizer: Path, tmp_path: Path) -> No
 
 def test_a_stopped_command_goes_on(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = encode_codes(DIGITS, str(tokenizer), tmp_path / "whole", quiet=True)
-    monkeypatch.setattr(encoder, "SAVE_EVERY", 1)
+    monkeypatch.setattr(blocks, "BLOCK", 100)
     calls = []
 
-    def break_off(path: Path, value: dict) -> None:
+    def break_off(path: Path, value: object) -> None:
         calls.append(path)
         write(path, value)
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    write = encoder.write_json
-    monkeypatch.setattr(encoder, "write_json", break_off)
+    write = blocks.write_json
+    monkeypatch.setattr(blocks, "write_json", break_off)
     with pytest.raises(KeyboardInterrupt):
         encode_codes(DIGITS, str(tokenizer), tmp_path / "part", quiet=True)
     again = encode_codes(DIGITS, str(tokenizer), tmp_path / "part", quiet=True)
     np.testing.assert_array_equal(np.load(again / "codes.npy"), np.load(whole / "codes.npy"))
+    assert blocks.verify(again) == 4
     with pytest.raises(FileExistsError):
         encode_codes(DIGITS, str(tokenizer), tmp_path / "part", quiet=True)
 

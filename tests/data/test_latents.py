@@ -3,6 +3,9 @@
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -16,12 +19,14 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from genssm.config import DataConfig, LatentsConfig
-from genssm.data import build_dataset
+from genssm.data import blocks, build_dataset
 from genssm.data import encode as encoder
+from genssm.data.blocks import fill_folder, verify
 from genssm.data.encode import encode_dataset
 from genssm.data.latents import check_vae, encode_images, load_vae
 from genssm.data.layouts import LAYOUTS
 
+ROOT = Path(__file__).resolve().parents[2]
 LABELS = np.array([0, 1, 2, 0, 1, 2, 0, 1])
 SCALE = 0.18215
 
@@ -261,8 +266,8 @@ def test_captions_travel_with_the_latents(tmp_path: Path, vae_folder: Path) -> N
 def test_encoding_goes_on_where_it_was_stopped(
     tmp_path: Path, vae_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 100)
     whole = encode_dataset(DIGITS, str(vae_folder), tmp_path / "whole", form="sample", batch_size=50, quiet=True)
-    monkeypatch.setattr(encoder, "SAVE_EVERY", 1)
     encoded, real = [], encoder._encode
 
     def stops_at_200(vae: object, dataset: object, start: int, stop: int, *rest: object) -> np.ndarray:
@@ -282,7 +287,62 @@ def test_encoding_goes_on_where_it_was_stopped(
     part = encode_dataset(DIGITS, str(vae_folder), tmp_path / "part", **options)
     assert encoded[0] == 200
     assert np.array_equal(np.load(part / "latents.npy"), np.load(whole / "latents.npy"))
-    assert not (tmp_path / "part.partial").exists() and not (part / "progress.json").exists()
+    assert not (tmp_path / "part.partial").exists()
+    assert sorted(f.name for f in part.iterdir()) == ["labels.npy", "latents.npy", "meta.json"]
+    assert verify(part) == 4
+
+
+def test_damage_is_found(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((600, 3)).astype(np.float32)
+    out = fill_folder(
+        tmp_path / "a", "x.npy", {"kind": "test"}, lambda a, b: values[a:b], shape=(600, 3), dtype="f4",
+        beside={"names.json": ["a", "b"], "labels.npy": np.arange(600)},
+    )  # fmt: skip
+    assert np.array_equal(np.load(out / "x.npy"), values) and verify(out) == 3
+    assert json.loads((out / "names.json").read_text()) == ["a", "b"] and len(np.load(out / "labels.npy")) == 600
+    stored = np.load(out / "x.npy", mmap_mode="r+")
+    stored[300, 1] += 1
+    stored.flush()
+    with pytest.raises(ValueError, match=r"x\.npy is damaged in the rows 256\.\.511; encode it again"):
+        verify(out)
+    file = out / "x.npy"
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"x\.npy cannot be read"):
+        verify(out)
+    with pytest.raises(FileNotFoundError, match=r"no meta\.json with checksums"):
+        verify(tmp_path)
+
+
+@pytest.mark.slow
+def test_processes_share_the_encoding(tmp_path: Path, vae_folder: Path) -> None:
+    """Two processes, one of them killed on the way, then two again: the file of one process."""
+    one = encode_dataset(DIGITS, str(vae_folder), tmp_path / "one", form="sample", batch_size=16, quiet=True)
+    options = ["--vae", vae_folder, "--out", tmp_path / "many", "--form", "sample", "--batch-size", 16, "--quiet",
+               "--device", "cpu", "name=digits", "split=test", "resolution=8"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+
+    def launch(processes: int, *program: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        return subprocess.run(
+            [*command, *program, *map(str, options)],
+            cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    killer = tmp_path / "killed.py"
+    killer.write_text(
+        "import os, signal, sys\nfrom genssm.data import encode\nreal = encode._encode\n"
+        "def deadly(vae, dataset, start, *rest):\n"
+        "    start >= 32 and os.environ['RANK'] == '0' and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(vae, dataset, start, *rest)\n"
+        "encode._encode = deadly\nencode.main()\n"
+    )
+    assert launch(2, str(killer)).returncode != 0
+    assert (tmp_path / "many.partial").is_dir() and not (tmp_path / "many").exists()
+    done = launch(2, "-m", "genssm.data.encode")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert verify(tmp_path / "many") == 2
+    stored = (np.load(folder / "latents.npy") for folder in (one, tmp_path / "many"))
+    np.testing.assert_allclose(*stored, atol=1e-3)
 
 
 def test_tiny_vae_has_no_moments(tmp_path: Path) -> None:
