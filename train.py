@@ -10,15 +10,15 @@ import genssm.threads  # noqa: F401  # isort: skip - before torch
 import argparse
 import json
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 
@@ -28,14 +28,25 @@ from genssm.env import device_name, versions
 from genssm.errors import cli
 from genssm.layers import parameter_groups
 from genssm.tasks import Task, build_task
-from genssm.training.checkpoint import load_checkpoint, remove_old_checkpoints, save_checkpoint
+from genssm.training.checkpoint import (
+    BEST,
+    best_checkpoint,
+    load_checkpoint,
+    readable,
+    remove_old_checkpoints,
+    save_checkpoint,
+    write_text,
+)  # fmt: skip
 from genssm.training.checks import check_numbers, claim_run_folder, flat_config
 from genssm.training.ema import EMA
+from genssm.training.evaluation import Evaluation
 from genssm.training.guard import NonFiniteError, explain_nonfinite
+from genssm.training.layer_shuffle import shuffle_layers
 from genssm.training.logging import MetricsLog, logger, start_logging
 from genssm.training.memory import describe_run
 from genssm.training.model_card import write_model_card
 from genssm.training.seeding import generator_for, seed_globals
+from genssm.training.sharding import gather, load_whole_state, put, shard, wants_sharding, whole, whole_state
 from genssm.training.stop import StopRequest
 
 OVERFLOWS_IN_A_ROW = 50  # fp16: skipped steps after which the loss scale is not the reason
@@ -51,10 +62,14 @@ class Run:
     task: Task
     feed: Any = None  # the data set as training reads it
     pipeline: DiffusionPipeline | None = None
-    wrapped: torch.nn.Module | None = None  # the model as accelerate runs it
-    ema: EMA | None = None
+    sharded: bool = False
+    trained: torch.nn.Module | None = None  # what is optimised: the task's learner, or a sharded copy of it
+    wrapped: torch.nn.Module | None = None  # it, as accelerate runs it
+    ema: EMA | None = None  # of its parameters
+    shown: EMA | None = None  # of the model's: the same average, or its whole copy
     optimizer: Any = None
     lr_scheduler: Any = None
+    evaluation: Evaluation | None = None
 
     @property
     def path(self) -> Path:
@@ -89,19 +104,26 @@ def build(config: RunConfig, accelerator: Accelerator) -> Run:
     return Run(config, accelerator, shares, build_task(config, accelerator.device))
 
 
-def prepare(run: Run) -> None:
+def prepare(run: Run, *, sharded: bool = False) -> None:
     """Put the model on its device and give it an optimiser, a schedule, an average and a pipeline."""
     accelerator, train = run.accelerator, run.config.train
     device = accelerator.device
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.tf32
-    run.model.to(device).train()
+    learner = run.task.learner.to("cpu" if sharded else device).train()
+    if sharded and (learner is not run.model or not run.task.shardable):
+        what = f"model.name={run.config.model.name}" if learner is run.model else "a run with align.encoder"
+        raise ValueError(f"{what} cannot be sharded; launch it with configs/accelerate/ddp.yaml")
+    run.sharded, run.trained = sharded, shard(learner, device, run.shares.world) if sharded else learner
+    model = run.trained if sharded else run.model
     if train.gradient_checkpointing:
-        run.model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing()
     if train.compile:
-        run.model.compile_repeated_blocks(fullgraph=True)
+        model.compile_repeated_blocks(fullgraph=True)
+    if train.layer_shuffle:
+        shuffle_layers(model, train.layer_shuffle)
     optimizer = torch.optim.AdamW(
-        parameter_groups(run.model, train.weight_decay),
+        parameter_groups(run.trained, train.weight_decay),
         lr=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
@@ -111,10 +133,15 @@ def prepare(run: Run) -> None:
     run.lr_scheduler = get_scheduler(
         course, optimizer, num_warmup_steps=train.lr_warmup_steps, num_training_steps=train.max_train_steps
     )
-    run.ema = EMA(run.model, train.ema_decay) if train.ema_decay else None
+    run.ema = EMA(model, train.ema_decay) if train.ema_decay else None
+    run.shown = EMA(run.model, train.ema_decay) if run.ema is not None and sharded else run.ema
     run.pipeline = run.task.build_pipeline()
     run.pipeline.set_progress_bar_config(disable=True)
-    run.wrapped, run.optimizer = accelerator.prepare(run.model, optimizer)
+    if sharded:
+        run.wrapped = accelerator.prepare_model(run.trained, evaluation_mode=True)  # autocast, but no DDP around it
+        run.optimizer = accelerator.prepare(optimizer)
+    else:
+        run.wrapped, run.optimizer = accelerator.prepare(run.trained, optimizer)
     run.feed = run.task.feed()
 
 
@@ -123,13 +150,20 @@ def resume(run: Run, checkpoint: Path | None) -> int:
     if checkpoint is None:
         return 0
     state = load_checkpoint(checkpoint, run.model)
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.lr_scheduler.load_state_dict(state["lr_scheduler"])
-    if run.accelerator.scaler is not None and state["scaler"] is not None:
-        run.accelerator.scaler.load_state_dict(state["scaler"])
+    with readable(checkpoint, "state.pt"):
+        load_whole_state(run.optimizer, state["optimizer"])
+        run.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if run.accelerator.scaler is not None and state["scaler"] is not None:
+            run.accelerator.scaler.load_state_dict(state["scaler"])
     if run.ema is not None:
-        run.ema.load(run.task.saved_average(checkpoint / "pipeline"))
-    run.task.load_state_dict(state["task"])
+        with readable(checkpoint, "pipeline"):
+            average = run.task.saved_average(checkpoint / "pipeline")
+        run.ema.load(average)
+    if run.sharded:
+        for ours, loaded in zip(run.trained.parameters(), run.model.parameters(), strict=True):
+            put(ours, loaded)
+    with readable(checkpoint, "state.pt"):
+        run.task.load_state_dict(state["task"])
     logger.info("resumed from %s", checkpoint)
     return state["step"]
 
@@ -145,6 +179,33 @@ def part_loss(run: Run, model: torch.nn.Module, step: int, part: int, batch: dic
     own = run.shares.slice(part)
     seed_globals(run.config.train.seed, "dropout", step, part, run.shares.rank)
     return run.task.loss(model, batch, {name: numbers[own] for name, numbers in draws.items()}).mean()
+
+
+def accumulate(run: Run, *, last: bool) -> AbstractContextManager[None]:
+    """Around the backward pass of a part: gradients are exchanged between the processes with the last one alone."""
+    if run.sharded:
+        run.trained.set_requires_gradient_sync(last)
+        return nullcontext()
+    return nullcontext() if last else run.accelerator.no_sync(run.wrapped)
+
+
+@contextmanager
+def whole_model(run: Run) -> Iterator[None]:
+    """The model whole, on its device, without dropout and with the averaged weights, to draw with."""
+    collect(run)
+    with run.shown.applied() if run.shown is not None else nullcontext():
+        run.model.to(run.accelerator.device).eval()
+        yield
+        run.model.to("cpu" if run.sharded else run.accelerator.device).train()
+
+
+def collect(run: Run) -> None:
+    """Bring the whole model and its average up to date with the sharded ones; every process must take part."""
+    if run.sharded:
+        gather(run.trained.parameters(), run.model.parameters())
+        gather(run.trained.buffers(), run.model.buffers())
+        if run.ema is not None:
+            gather(run.ema.average, run.shown.average)
 
 
 def train(run: Run, start: int, stop: StopRequest, *, quiet: bool) -> int:
@@ -172,11 +233,11 @@ def train(run: Run, start: int, stop: StopRequest, *, quiet: bool) -> int:
         draws = draw_step(run, step)
         parts = [next(batches) for _ in range(shares.parts)]
         for part, batch in enumerate(parts):
-            with nullcontext() if part == shares.parts - 1 else accelerator.no_sync(run.wrapped):
+            with accumulate(run, last=part == shares.parts - 1):
                 loss = part_loss(run, run.wrapped, step, part, batch, draws) / shares.parts
                 accelerator.backward(loss)
             window += loss.detach()
-        norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
+        norm = whole(accelerator.clip_grad_norm_(run.trained.parameters(), config.max_grad_norm or math.inf))
         overflows = 0 if bool(torch.isfinite(norm)) else overflows + 1
         if overflows and (accelerator.scaler is None or overflows > OVERFLOWS_IN_A_ROW):
             raise NonFiniteError(explain(run, step, parts, draws))
@@ -198,8 +259,11 @@ def train(run: Run, start: int, stop: StopRequest, *, quiet: bool) -> int:
         with log.pause():
             if run.config.log.sample_every and (step % run.config.log.sample_every == 0 or last):
                 log.picture(step, sample(run, step))
-            if step % config.checkpointing_steps == 0 or ending:
-                save(run, step)
+            measured = None
+            if run.evaluation is not None and (step % run.config.evaluate.every == 0 or last):
+                measured = evaluate(run, step, log)
+            if step % config.checkpointing_steps == 0 or ending or measured is not None:
+                save(run, step, measured)
         if ending:
             break
     log.close()
@@ -222,9 +286,11 @@ def rates(run: Run, step: int, log: MetricsLog) -> dict[str, float]:
 
 def explain(run: Run, step: int, parts: list[dict], draws: dict) -> str:
     """Where the first non-finite number of a step comes from, and what to do."""
+    collect(run)
+    learner = run.task.learner.to(run.accelerator.device)
     for part, batch in enumerate(parts):
         reason = explain_nonfinite(
-            run.model, batch, lambda part=part, batch=batch: part_loss(run, run.model, step, part, batch, draws)
+            learner, batch, lambda part=part, batch=batch: part_loss(run, learner, step, part, batch, draws)
         )
         if reason:
             break
@@ -237,10 +303,8 @@ def explain(run: Run, step: int, parts: list[dict], draws: dict) -> str:
 
 def sample(run: Run, step: int) -> Any:
     """Draw the grid, each process its share, and save it."""
-    run.model.eval()
-    with run.ema.applied() if run.ema is not None else nullcontext():
+    with whole_model(run):
         mine = run.task.draw(run.pipeline, run.shares.rank, run.shares.world)
-    run.model.train()
     pictures = dict(gather_object(list(mine.items())))
     grid = run.task.arrange([pictures[i] for i in range(run.config.log.num_samples)])
     if run.accelerator.is_main_process:
@@ -248,12 +312,24 @@ def sample(run: Run, step: int) -> Any:
     return grid
 
 
-def save(run: Run, step: int) -> None:
-    """Write a checkpoint, on the first process; the others wait."""
+def evaluate(run: Run, step: int, log: MetricsLog) -> float | None:
+    """Measure samples of the averaged weights, on all processes; the distance if it is the smallest so far."""
+    with whole_model(run):
+        value = run.evaluation.measure(run.pipeline)
+    log.write(step, **{run.evaluation.name: value})
+    best = best_checkpoint(run.path)
+    smallest = [best is None or best["step"] >= step or value < best["value"]]
+    return value if broadcast_object_list(smallest)[0] else None  # as the first process has read it
+
+
+def save(run: Run, step: int, measured: float | None = None) -> None:
+    """Write a checkpoint, on the first process; the others wait. ``measured``: its distance, the smallest so far."""
+    collect(run)
+    optimizer = whole_state(run.optimizer) if run.sharded else run.optimizer.state_dict()
     if run.accelerator.is_main_process:
         scaler = run.accelerator.scaler
         state = {
-            "optimizer": run.optimizer.state_dict(),
+            "optimizer": optimizer,
             "lr_scheduler": run.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "seed": run.config.train.seed,
@@ -261,11 +337,14 @@ def save(run: Run, step: int) -> None:
         }
 
         def save_pipeline(folder: Path) -> None:
-            with run.ema.applied() if run.ema is not None else nullcontext():
+            with run.shown.applied() if run.shown is not None else nullcontext():
                 run.pipeline.save_pretrained(folder)
             write_model_card(folder, run.task, step=step, pipeline=run.pipeline, versions=versions())
 
         checkpoint = save_checkpoint(run.path, step, run.model, state, save_pipeline)
+        if measured is not None:
+            about = {"checkpoint": checkpoint.name, "step": step, "metric": run.evaluation.metric, "value": measured}
+            write_text(run.path / BEST, json.dumps(about, indent=1))
         remove_old_checkpoints(run.path, run.config.train.checkpoints_total_limit)
         logger.info("saved %s", checkpoint)
     run.accelerator.wait_for_everyone()
@@ -274,16 +353,17 @@ def save(run: Run, step: int) -> None:
 def begin_folder(run: Run) -> None:
     """Files of the run folder that are written once."""
     names = dict(enumerate(run.task.dataset.class_names))
-    (run.path / "labels.json").write_text(json.dumps(names, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_text(run.path / "labels.json", json.dumps(names, indent=1, ensure_ascii=False))
     device = run.accelerator.device
     about = {"versions": versions(), "device": device_name(device), "processes": run.accelerator.num_processes}
-    (run.path / "env.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    write_text(run.path / "env.json", json.dumps(about, indent=1))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     config = load_config(args.config, args.overrides)
     check_numbers(config)
+    sharded = wants_sharding()
     tracker = None if config.log.report_to == "none" else config.log.report_to
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(
@@ -295,7 +375,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if accelerator.distributed_type not in (
         DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU
     ):  # fmt: skip
-        raise ValueError(f"{accelerator.distributed_type} is not supported; use one process or data parallel processes")
+        raise ValueError(
+            f"{accelerator.distributed_type} is not supported; use one process, data parallel processes, or FSDP 2 "
+            "(configs/accelerate/)"
+        )
+    if sharded and config.train.mixed_precision == "fp16":
+        raise ValueError("train.mixed_precision=fp16 cannot be sharded; use bf16")
+    sharded = sharded and accelerator.num_processes > 1
     run = build(config, accelerator)
     if claim_run_folder(config, write=False) is None and config.train.init_from is not None:
         run.task.start_from(config.train.init_from)
@@ -306,8 +392,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with accelerator.main_process_first():
         checkpoint = claim_run_folder(config, write=accelerator.is_main_process)
     start_logging(run.path if accelerator.is_main_process else None, quiet=args.quiet)
+    if config.evaluate.every:
+        run.evaluation = Evaluation(config, run.task, accelerator.device)
     size = describe_run(run.task, run.shares) if accelerator.is_main_process else ""
-    prepare(run)
+    prepare(run, sharded=sharded)
     start = resume(run, checkpoint)
     if start >= config.train.max_train_steps:
         logger.info("%s is finished (%d steps); raise train.max_train_steps to go on", run.path, start)

@@ -144,6 +144,7 @@ class TrainConfig:
     max_grad_norm: float = key("gradient norm to clip at; 0 never clips", 1.0)
     ema_decay: float = key("decay of the averaged weights; 0 keeps none", 0.9999)
     class_dropout_prob: float = key("share of labels replaced by the null class", 0.0)
+    layer_shuffle: float = key("probability that the last block scans in a random order, less in earlier ones", 0.0)
     mixed_precision: Literal["no", "fp16", "bf16"] = key("autocast type; weights stay float32", "no")
     gradient_checkpointing: bool = key("recompute each block in the backward pass", False, resumable=True)
     compile: bool = key("torch.compile of the repeated blocks", False, resumable=True)
@@ -170,6 +171,33 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measuring samples while training; the checkpoint with the smallest distance is kept."""
+
+    every: int = key("steps between measurements; 0 makes none", 0, resumable=True)
+    num_samples: int = key("images drawn for each, by all processes together", 1000, resumable=True)
+    reference: str | None = key(
+        "real images or statistics as for benchmarks/fid.py; null takes the run's data set", None, resumable=True
+    )
+    features: str = key("feature network: inception, classifier:FILE, ...", "inception", resumable=True)
+    weights: str | None = key("weight file for inception; null takes the cached one", None, resumable=True)
+    num_inference_steps: int = key("sampler steps", 50, resumable=True)
+    guidance_scale: float = key("classifier-free guidance; 1 is none", 1.0, resumable=True)
+    seed: int = key("image i starts from the noise of seed + i", 0, resumable=True)
+    batch_size: int = key("images at once in each process", 64, resumable=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig:
+    """Representation alignment with a vision encoder (REPA)."""
+
+    encoder: str | None = key("folder of a DINOv2 saved by transformers; null: no alignment", None)
+    weight: float = key("of the alignment in the loss", 0.5)
+    layer: int | None = key("block whose output is aligned, from 1; null: a third of the way", None)
+    projector_width: int = key("width of the projector's hidden layers", 2048)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run."""
 
@@ -179,6 +207,8 @@ class RunConfig:
     text: TextConfig = key("the text encoder", factory=TextConfig)
     train: TrainConfig = key("the optimisation", factory=TrainConfig)
     log: LogConfig = key("logging and samples", factory=LogConfig)
+    evaluate: EvaluateConfig = key("measuring samples while training", factory=EvaluateConfig)
+    align: AlignConfig = key("representation alignment", factory=AlignConfig)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:

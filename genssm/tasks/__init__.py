@@ -48,6 +48,8 @@ def build_task(config: RunConfig, device: torch.device) -> Task:
     task = TASKS[config.model.name]
     if task is ImageDenoising:
         task = _denoising(config)
+    if config.align.encoder is not None and not issubclass(task, ImageDenoising):
+        raise ValueError(f"align.encoder is for denoisers of images, not for model.name={config.model.name}")
     return task(config, device)
 
 

@@ -52,10 +52,14 @@ class Task(ABC):
         model: the trained module.
         component: its name in the pipeline folder.
         unit: what a batch counts.
+        shardable: whether all that is trained is reached through the module that ``loss`` is given.
+        measurable: whether ``pipeline(class_labels, num_images=...)`` draws images, which ``evaluate`` can measure.
     """
 
     component = "denoiser"
     unit = "images"
+    shardable = True
+    measurable = False
     dataset: Any
     model: nn.Module
 
@@ -68,6 +72,11 @@ class Task(ABC):
         arguments = check_arguments(cls, self.config.model.args, "model.args")
         seed_globals(self.config.train.seed, "init")
         return cls(**arguments)
+
+    @property
+    def learner(self) -> nn.Module:
+        """What is optimised: the model, perhaps with parts that are thrown away after the training."""
+        return self.model
 
     def start_from(self, path: str | Path) -> None:
         """Take the weights of another run, checkpoint or pipeline folder (``train.init_from``)."""

@@ -1,16 +1,19 @@
 """Denoisers of images: unconditional and class-conditional, in pixels or latents."""
 
+import math
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from genssm.config import RunConfig
 from genssm.data import LatentDataset, build_dataset
 from genssm.data.latents import check_vae, encode_images, load_vae
 from genssm.pipelines import ClassConditionalImagePipeline
 from genssm.tasks.base import Card, Task, Tensors
+from genssm.training.alignment import build_alignment
 from genssm.training.checks import check_fit
 from genssm.training.memory import count_tokens
 from genssm.training.objectives import build_objective
@@ -20,6 +23,7 @@ from genssm.training.samples import draw_images, grid_columns
 class ImageDenoising(Task):
     """Flow matching or diffusion of images, on the objectives of :mod:`genssm.training.objectives`."""
 
+    measurable = True
     reads_text = False
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
@@ -37,11 +41,23 @@ class ImageDenoising(Task):
             self.item_shape = tuple(self.encode(torch.zeros(1, *self.item_shape, device=device)).shape[1:])
         check_fit(config, self.denoiser, self.dataset, self.item_shape, decodes=self.vae is not None or not stored)
         self.num_classes = self.denoiser.config.num_classes
+        self.encoder, self.aligned = None, None
+        if config.align.encoder is not None:
+            if stored or len(self.item_shape) == 4:
+                raise ValueError("align.encoder reads images, and the data are latents or clips; leave it out")
+            self.encoder, self.aligned = build_alignment(config.align, self.model, self.denoiser)
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                self.sketch(1)  # says so if the model's tokens are not those of the patches
+            self.encoder.to(device)
 
     @property
     def denoiser(self) -> nn.Module:
         """The denoiser itself, which may be a part of what is trained."""
         return self.model
+
+    @property
+    def learner(self) -> nn.Module:
+        return self.model if self.aligned is None else self.aligned
 
     def random_numbers(self, count: int, generator: torch.Generator) -> Tensors:
         shape = (count, *self.item_shape)
@@ -57,11 +73,21 @@ class ImageDenoising(Task):
 
     def loss(self, model: nn.Module, batch: dict[str, Any], numbers: Tensors) -> torch.Tensor:
         clean = batch[self.dataset.tensor_name]
+        condition = {}
+        if self.aligned is not None:
+            condition["alignment_target"] = self.encoder(clean, self._token_grid())
         if self.encodes:
             clean = self.encode(clean, numbers["vae_noise"])
-        return self.objective.loss(
-            model, clean, noise=numbers["noise"], timesteps=numbers["timesteps"], **self.conditions(batch, numbers)
-        )  # (B,)
+        condition |= self.conditions(batch, numbers)
+        loss = self.objective.loss(model, clean, noise=numbers["noise"], timesteps=numbers["timesteps"], **condition)
+        return self._with_alignment(loss)  # (B,)
+
+    def _token_grid(self) -> tuple[int, int]:
+        height, width = (side // self.denoiser.config.patch_size for side in self.item_shape[-2:])
+        return height, width
+
+    def _with_alignment(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss if self.aligned is None else loss + self.config.align.weight * self.aligned.alignment
 
     def encode(self, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Latents of pixels (B, C, H, W); without noise their mean."""
@@ -81,7 +107,10 @@ class ImageDenoising(Task):
         clean = torch.zeros(count, *self.item_shape)
         timesteps = torch.zeros(count, dtype=self.objective.sample_timesteps(1).dtype)
         condition = self.empty_conditions(count)
-        return self.objective.loss(self.model, clean, noise=torch.zeros_like(clean), timesteps=timesteps, **condition)
+        if self.aligned is not None:
+            condition["alignment_target"] = torch.zeros(count, math.prod(self._token_grid()), self.encoder.width)
+        loss = self.objective.loss(self.learner, clean, noise=torch.zeros_like(clean), timesteps=timesteps, **condition)
+        return self._with_alignment(loss)
 
     def empty_conditions(self, count: int) -> Tensors:
         """Arguments as :meth:`conditions` gives them, all zero, on the CPU."""
@@ -126,3 +155,11 @@ class ImageDenoising(Task):
 
     def columns(self, count: int) -> int:
         return grid_columns(count, self.num_classes)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.aligned is None else {"projector": self.aligned.projector.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.aligned is not None:
+            self.aligned.projector.load_state_dict(state.pop("projector"))
+        super().load_state_dict(state)

@@ -79,6 +79,7 @@ class TextDenoiser(nn.Module):
 class TextDenoising(ImageDenoising):
     """Flow matching or diffusion of images under captions; a share of them is replaced by the null text."""
 
+    measurable = False
     reads_text = True
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
@@ -222,13 +223,12 @@ class TextDenoising(ImageDenoising):
         return grid_columns(count, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokenizer": self.tokenizer.backend.to_str()} if self.learned else {}
+        return super().state_dict() | ({"tokenizer": self.tokenizer.backend.to_str()} if self.learned else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if not self.learned:
-            super().load_state_dict(state)
-        elif state.get("tokenizer") != self.tokenizer.backend.to_str():
+        if self.learned and state.pop("tokenizer", None) != self.tokenizer.backend.to_str():
             raise ValueError("the checkpoint was trained with another tokenizer than the one in the run folder")
+        super().load_state_dict(state)
 
 
 def check_text_options(text: TextConfig) -> None:

@@ -24,6 +24,7 @@ class TokenizerTraining(Task):
     """
 
     component = "vqvae"
+    shardable = False  # the codebook is moved from outside, after the step
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         super().__init__(config, device)

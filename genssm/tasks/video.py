@@ -17,6 +17,7 @@ AT_ONCE = 8  # clips of a grid
 class _Clips:
     """What clips (B, F, C, H, W) change in a task of images."""
 
+    measurable = False
     unit = "clips"
 
     def encode(self, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:

@@ -8,10 +8,13 @@
 - ``pipeline/``: the diffusers pipeline with the averaged weights, what ``sample.py`` and users load. The averaged
   weights of a resumed run are read back from there.
 
-A checkpoint is written under a temporary name, flushed to the disk and renamed: a folder called ``step_*`` is complete.
+A checkpoint is written under a temporary name, flushed to the disk and renamed, and renamed before it is deleted: a
+folder called ``step_*`` is complete at every moment.
 """
 
+import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,11 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
+from genssm.errors import SaveError
+
 FORMAT = 1
+BEST = "best.json"
 _STEP = re.compile(r"step_(\d+)$")
-_TEMPORARY = ".partial-"
+TEMPORARY = ".partial-"
+_REPLACED = ".replaced-"  # the older folder while a new one of the same name takes its place
 
 
 def step_of(checkpoint: Path) -> int:
@@ -47,10 +55,15 @@ def latest_checkpoint(run: str | Path) -> Path | None:
 def resolve_pipeline(path: str | Path) -> Path:
     """The pipeline folder that ``path`` means: itself, that of a checkpoint, or that of a run's newest checkpoint.
 
+    ``RUN/best`` means the checkpoint of the run with the smallest distance (``evaluate.every``).
+
     Raises:
         FileNotFoundError: none of these.
     """
     path = Path(path)
+    best = best_checkpoint(path.parent) if path.name == "best" else None
+    if best is not None:
+        return Path(path.parent, "checkpoints", best["checkpoint"], "pipeline")
     newest = latest_checkpoint(path)
     for folder in (path, path / "pipeline", *([newest / "pipeline"] if newest else [])):
         if (folder / "model_index.json").is_file():
@@ -61,6 +74,13 @@ def resolve_pipeline(path: str | Path) -> Path:
     )
 
 
+def best_checkpoint(run: str | Path) -> dict[str, Any] | None:
+    """What ``best.json`` of a run says: ``checkpoint``, ``step``, ``metric``, ``value``; None if it is not there."""
+    file = Path(run) / BEST
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found if found and (Path(run) / "checkpoints" / found["checkpoint"]).is_dir() else None
+
+
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A new folder that appears under the name ``target`` complete, or not at all.
@@ -68,7 +88,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Yields a temporary folder beside the target. When the block ends well its files are flushed to the disk and the
     folder is renamed; an older folder of that name is replaced. After an exception nothing is left.
     """
-    temporary = target.with_name(f"{_TEMPORARY}{target.name}")
+    temporary = target.with_name(f"{TEMPORARY}{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -78,16 +98,45 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                 _flush(os.path.join(folder, name))
             _flush(folder)
         if target.exists():
-            outdated = target.with_name(f"{_TEMPORARY}old-{target.name}")
+            outdated = target.with_name(f"{_REPLACED}{target.name}")
             shutil.rmtree(outdated, ignore_errors=True)
             os.rename(target, outdated)
             os.rename(temporary, target)
-            shutil.rmtree(outdated, ignore_errors=True)
+            _remove(outdated)
         else:
             os.rename(temporary, target)
         _flush(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all; an older one of that name stays until then."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def restore_replaced(run: str | Path) -> None:
+    """Put back a checkpoint whose replacement was killed between taking the old folder away and naming the new one."""
+    for outdated in (Path(run) / "checkpoints").glob(f"{_REPLACED}*"):
+        target = outdated.with_name(outdated.name.removeprefix(_REPLACED))
+        if target.exists():
+            _remove(outdated)
+        else:
+            os.rename(outdated, target)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder that is called complete: it loses its name first."""
+    doomed = folder.with_name(f"{TEMPORARY}deleted-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _flush(path: str | Path) -> None:
@@ -114,12 +163,25 @@ def save_checkpoint(
 
     Returns:
         The checkpoint folder.
+
+    Raises:
+        SaveError: it cannot be written, for instance because the disk is full; older checkpoints are untouched.
     """
     target = Path(run) / "checkpoints" / f"step_{step:07d}"
-    with atomic_folder(target) as folder:
-        save_model(model, str(folder / "model.safetensors"))
-        torch.save({"format": FORMAT, "step": step, **state}, folder / "state.pt")
-        save_pipeline(folder / "pipeline")
+    try:
+        with atomic_folder(target) as folder:
+            save_model(model, str(folder / "model.safetensors"))
+            torch.save({"format": FORMAT, "step": step, **state}, folder / "state.pt")
+            save_pipeline(folder / "pipeline")
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # how torch.save fails to write
+            raise
+        newest = latest_checkpoint(run)
+        rest = "there is no older one" if newest is None else f"{newest.name} is whole"
+        raise SaveError(
+            f"cannot write the checkpoint {target} (is the disk full?): {error}; {rest}. "
+            "Make room and run the same command again"
+        ) from error
     return target
 
 
@@ -128,25 +190,75 @@ def load_checkpoint(checkpoint: str | Path, model: torch.nn.Module) -> dict[str,
 
     Raises:
         FileNotFoundError: the folder is no checkpoint.
-        ValueError: written by a later version, or of another model.
+        ValueError: a file is damaged, written by a later version, or of another model.
     """
     checkpoint = Path(checkpoint)
     if not (checkpoint / "state.pt").is_file():
         raise FileNotFoundError(f"{checkpoint} is no checkpoint (no state.pt in it)")
-    state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    with readable(checkpoint, "state.pt"):
+        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not {"format", "step"} <= state.keys():
+            raise EOFError("it does not say its format and step")
     if state["format"] > FORMAT:
         raise ValueError(f"{checkpoint} has format {state['format']}, this version reads up to {FORMAT}; update genssm")
-    try:
-        load_model(model, str(checkpoint / "model.safetensors"))
-    except RuntimeError as error:
-        raise ValueError(f"{checkpoint} holds another model than the configuration describes: {error}") from None
+    _check_config(checkpoint, model)
+    with readable(checkpoint, "model.safetensors"):
+        try:
+            load_model(model, str(checkpoint / "model.safetensors"))
+        except RuntimeError as error:
+            raise ValueError(f"{checkpoint} holds another model than the configuration describes: {error}") from None
     return state
 
 
+def _check_config(checkpoint: Path, model: torch.nn.Module) -> None:
+    """Refuse weights whose shapes may fit but whose model is another one."""
+    file = checkpoint / "pipeline" / "denoiser" / "config.json"
+    if not file.is_file() or not hasattr(model, "config"):
+        return
+    with readable(checkpoint, "pipeline/denoiser/config.json"):
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    denoiser = getattr(model, "denoiser", model)  # a text encoder may be trained beside it
+    ours = json.loads(json.dumps({"_class_name": type(denoiser).__name__, **denoiser.config}, default=str))
+    differ = [
+        f"{name}: {saved[name]!r} -> {value!r}"
+        for name, value in ours.items()
+        if name in saved and saved[name] != value and (name == "_class_name" or not name.startswith("_"))
+    ]
+    if differ:
+        raise ValueError(
+            f"{checkpoint} holds another model than the configuration describes ({'; '.join(differ)}); "
+            "train.init_from starts a new run from its weights"
+        )
+
+
+@contextmanager
+def readable(checkpoint: Path, file: str) -> Iterator[None]:
+    """Turns the failures of reading a file of a checkpoint inside the block into a ValueError that says what to do."""
+    try:
+        yield
+    except (
+        OSError,
+        EOFError,
+        KeyError,
+        RuntimeError,
+        json.JSONDecodeError,
+        pickle.UnpicklingError,
+        SafetensorError,
+    ) as error:
+        others = [c.name for c in list_checkpoints(checkpoint.parent.parent) if c.name != checkpoint.name]
+        after = f"the run then goes on from {others[-1]}" if others else "there is no other checkpoint"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{checkpoint / file} is damaged ({reason}); remove the folder {checkpoint.name}: {after}"
+        ) from error
+
+
 def remove_old_checkpoints(run: str | Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints (0 keeps all) and what interrupted writes have left."""
+    """Delete all but the newest ``keep`` checkpoints (0 keeps all) and the best, and what interrupted writes left."""
     folder = Path(run) / "checkpoints"
-    for leftover in folder.glob(f"{_TEMPORARY}*"):
+    for leftover in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    best = best_checkpoint(run)
     for checkpoint in list_checkpoints(run)[:-keep] if keep else []:
-        shutil.rmtree(checkpoint)
+        if best is None or checkpoint.name != best["checkpoint"]:
+            _remove(checkpoint)

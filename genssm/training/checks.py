@@ -2,23 +2,24 @@
 
 import importlib.util
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from genssm.config import RunConfig, differences, dump_config, get_value, iter_keys, load_config
-from genssm.training.checkpoint import latest_checkpoint
+from genssm.training.checkpoint import TEMPORARY, latest_checkpoint, restore_replaced, write_text
 
 _NOT_NEGATIVE = (
     "train.lr_warmup_steps", "train.weight_decay", "train.max_grad_norm", "train.ema_decay", "train.class_dropout_prob",
-    "train.checkpoints_total_limit", "log.sample_every", "data.num_workers",
+    "train.layer_shuffle",
+    "train.checkpoints_total_limit", "log.sample_every", "data.num_workers", "evaluate.every",
 )  # fmt: skip
+_POSITIVE_ARGUMENTS = ("in_channels", "patch_size", "hidden_size", "num_layers", "d_state", "expand", "headdim")
 _POSITIVE = (
     "train.max_train_steps", "train.train_batch_size", "train.gradient_accumulation_steps", "train.learning_rate",
     "train.checkpointing_steps", "log.log_every", "log.num_samples", "log.num_inference_steps",
+    "evaluate.num_inference_steps", "evaluate.batch_size",
 )  # fmt: skip
 
 
@@ -29,9 +30,21 @@ def check_numbers(config: RunConfig) -> None:
             value = get_value(config, dotted)
             if not (math.isfinite(value) and value >= low):
                 raise ValueError(f"{dotted} is {value}; expected {'more than' if low else 'at least'} 0")
-    for dotted in ("train.ema_decay", "train.class_dropout_prob"):
+    for dotted in ("train.ema_decay", "train.class_dropout_prob", "train.layer_shuffle"):
         if get_value(config, dotted) >= 1:
             raise ValueError(f"{dotted} is {get_value(config, dotted)}; expected less than 1")
+    if config.data.resolution is not None and config.data.resolution < 1:
+        raise ValueError(f"data.resolution is {config.data.resolution}; expected at least 1 pixel")
+    if config.train.layer_shuffle and config.train.compile:
+        raise ValueError("train.layer_shuffle draws orders between compiled blocks; set train.compile=false with it")
+    if config.align.encoder is not None and config.train.compile:
+        raise ValueError("align.encoder watches a block from inside the model; set train.compile=false with it")
+    if config.evaluate.num_samples < 2:
+        raise ValueError(f"evaluate.num_samples is {config.evaluate.num_samples}; a distance needs at least 2 images")
+    for name in _POSITIVE_ARGUMENTS:
+        value = config.model.args.get(name)
+        if isinstance(value, int | float) and value <= 0:
+            raise ValueError(f"model.args.{name} is {value}; expected more than 0")
     tracker = config.log.report_to
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         raise ImportError(f"log.report_to={tracker} needs the package {tracker}; pip install genssm[track]")
@@ -82,18 +95,21 @@ def check_fit(
     if config.text.dropout_prob and not has_null_text:
         raise ValueError("text.dropout_prob drops captions to the null text, but the model has none; set it to 0")
     reads = bool(model.config.get("context_dim"))
-    if config.log.guidance_scale != 1 and reads and not config.text.dropout_prob:
-        raise ValueError(
-            f"log.guidance_scale={config.log.guidance_scale} needs a null text that was trained; "
-            "set it to 1, or text.dropout_prob to 0.1"
-        )
-    if config.log.guidance_scale != 1 and not reads and not (has_null and config.train.class_dropout_prob):
-        raise ValueError(
-            f"log.guidance_scale={config.log.guidance_scale} needs a null class that was trained; "
-            "set it to 1, or train.class_dropout_prob to 0.1"
-        )
-    if config.log.sample_every and not decodes:
-        raise ValueError("sample grids of latents need a VAE; set data.vae to its folder, or log.sample_every=0")
+    for section in ("log", "evaluate"):
+        scale = getattr(config, section).guidance_scale
+        if scale != 1 and reads and not config.text.dropout_prob:
+            raise ValueError(
+                f"{section}.guidance_scale={scale} needs a null text that was trained; "
+                "set it to 1, or text.dropout_prob to 0.1"
+            )
+        if scale != 1 and not reads and not (has_null and config.train.class_dropout_prob):
+            raise ValueError(
+                f"{section}.guidance_scale={scale} needs a null class that was trained; "
+                "set it to 1, or train.class_dropout_prob to 0.1"
+            )
+    for dotted in ("log.sample_every", "evaluate.every"):
+        if get_value(config, dotted) and not decodes:
+            raise ValueError(f"pictures of latents need a VAE; set data.vae to its folder, or {dotted}=0")
 
 
 def claim_run_folder(config: RunConfig, *, write: bool = True) -> Path | None:
@@ -114,6 +130,8 @@ def claim_run_folder(config: RunConfig, *, write: bool = True) -> Path | None:
     """
     run, resume = Path(config.train.output_dir), config.train.resume_from_checkpoint
     existing = run / "config.yaml"
+    if write:
+        restore_replaced(run)
     newest = latest_checkpoint(run)
     if existing.is_file():
         changed = differences(load_config(existing), config)
@@ -122,7 +140,7 @@ def claim_run_folder(config: RunConfig, *, write: bool = True) -> Path | None:
                 f"{run} holds a run with another configuration ({'; '.join(changed)}); "
                 "choose another train.output_dir, or remove the folder"
             )
-    elif run.exists() and any(run.iterdir()):
+    elif run.exists() and any(not entry.name.startswith(TEMPORARY) for entry in run.iterdir()):
         raise FileExistsError(f"{run} exists and holds something else than a run; choose another train.output_dir")
     if resume == "none" and newest is not None:
         raise FileExistsError(
@@ -130,8 +148,7 @@ def claim_run_folder(config: RunConfig, *, write: bool = True) -> Path | None:
             "or choose another train.output_dir"
         )
     if write:
-        _make_writable(run)
-        existing.write_text(dump_config(config), encoding="utf-8")
+        _make_folder(run, config)
     if resume in ("latest", "none"):
         return newest if resume == "latest" else None
     if not (Path(resume) / "state.pt").is_file():
@@ -139,13 +156,12 @@ def claim_run_folder(config: RunConfig, *, write: bool = True) -> Path | None:
     return Path(resume)
 
 
-def _make_writable(run: Path) -> None:
+def _make_folder(run: Path, config: RunConfig) -> None:
     try:
-        for folder in (run, run / "samples", run / "checkpoints"):
-            folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=run) as file:
-            file.write(b"x")
-            os.fsync(file.fileno())
+        run.mkdir(parents=True, exist_ok=True)
+        write_text(run / "config.yaml", dump_config(config))  # first: with it the folder is a run, whatever comes then
+        for folder in ("samples", "checkpoints"):
+            (run / folder).mkdir(exist_ok=True)
     except OSError as error:
         raise PermissionError(f"cannot write to the run folder {run}: {error}") from None
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from genssm.training.sharding import local, put
+
 
 class EMA:
     """Exponential moving average of all parameters of a module.
@@ -32,8 +34,8 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after optimiser step number ``step`` (from 1)."""
-        weights = [p.detach() for p in self.module.parameters()]
-        torch._foreach_lerp_(self.average, weights, 1 - self.decay_at(step))
+        weights = [local(p.detach()) for p in self.module.parameters()]
+        torch._foreach_lerp_([local(a) for a in self.average], weights, 1 - self.decay_at(step))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -54,4 +56,4 @@ class EMA:
             for average, (name, parameter) in zip(self.average, module.named_parameters(), strict=True):
                 if average.shape != parameter.shape:
                     raise ValueError(f"averaged {name} is {tuple(parameter.shape)}, expected {tuple(average.shape)}")
-                average.copy_(parameter)
+                put(average, parameter)

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
 import train
+from genssm.metrics.classifier import ClassifierInfo, SmallClassifier, save_classifier
 
 ROOT = Path(__file__).resolve().parents[2]
 DEBUG = ROOT / "configs" / "debug" / "zigma.yaml"
@@ -66,3 +67,15 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command() -> Callable[[Path], list[str]]:
     """Arguments of ``train.py`` for the short run in a process of its own."""
     return lambda folder: ["--config", str(DEBUG), *SHORT, f"train.output_dir={folder}", "--quiet"]
+
+
+@pytest.fixture(scope="session")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained classifier of 8x8 images: any fixed network gives a distance."""
+    torch.manual_seed(0)
+    network = SmallClassifier(1, (8, 8), 10, width=8, feature_dim=8).eval()
+    torch.nn.init.normal_(network.project.weight, std=30.0)
+    info = ClassifierInfo("digits", 1, (8, 8), 10, 8, 8, 0, 0, 0, 0, 0.1)
+    file = tmp_path_factory.mktemp("classifier") / "c.safetensors"
+    save_classifier(file, network, info)
+    return file
