@@ -132,6 +132,9 @@ def test_mistakes(tmp_path: Path, encoder_folder: Path) -> None:
     arguments = "{sample_size: 8, in_channels: 1, patch_size: 2, hidden_size: 48, num_layers: 3, num_classes: 10}"
     dim = ("model.name=dim", f"model.args={arguments}")
     refused("one token for each patch", ValueError, *options(encoder_folder), *dim)
+    aim = ("--quiet", "--config", str(ROOT / "configs" / "debug" / "aim.yaml"))
+    with pytest.raises(ValueError, match=r"for denoisers of images, not for model\.name=aim"):
+        run_train(tmp_path / "run", *options(encoder_folder), flags=aim)
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
     refused("holds a clip network", ValueError, f"align.encoder={tmp_path / 'clip'}")

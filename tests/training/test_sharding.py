@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 
+import train
+from genssm.config import load_config
 from genssm.training.ema import EMA
 from genssm.training.sharding import load_whole_state, local, put, wants_sharding, whole, whole_state
 from tests.training.conftest import EMA_WEIGHTS, ROOT, largest_difference, metrics, run_train, weights
@@ -91,6 +94,14 @@ def test_one_process_has_nothing_to_share(straight: Path, tmp_path: Path, monkey
         monkeypatch.setenv(name, value)
     run = run_train(tmp_path / "run")
     assert largest_difference(weights(straight, STEPS), weights(run, STEPS)) == 0
+
+
+def test_what_cannot_be_shared() -> None:
+    """A tokenizer's codebook is moved from outside of the module, which a sharded copy would not notice."""
+    config = load_config(ROOT / "configs" / "debug" / "vq.yaml")
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(ValueError, match=r"model\.name=vq cannot be sharded; launch it with configs/accelerate/ddp"):
+        train.prepare(train.build(config, accelerator), sharded=True)
 
 
 def test_shipped_launch_configurations() -> None:
