@@ -30,7 +30,7 @@ FLOORS = [
     {"genssm.pipelines"},
     {"genssm.training", "genssm.data", "genssm.metrics"},
     {"genssm.models"},
-    {"genssm.layers", "genssm.schedulers", "genssm.single_step_solver", "genssm.solvers"},
+    {"genssm.layers", "genssm.motion", "genssm.schedulers", "genssm.single_step_solver", "genssm.solvers"},
     {
         "genssm.scan_orders",
         "genssm.config",

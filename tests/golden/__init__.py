@@ -17,14 +17,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.golden import dim, dimsum, scan_orders, zigma
+from tests.golden import dim, dimsum, motion_data, scan_orders, zigma
 from tests.golden.checks import Check
 
 Handler = Callable[[Mapping[str, Any], dict[str, torch.Tensor]], Iterator[Check]]
 
 # model -> kind -> handler(what the JSON says, tensors)
 HANDLERS: dict[str | None, dict[str, Handler]] = {
-    None: dimsum.PARTS,
+    None: {**dimsum.PARTS, **motion_data.KINDS},
     "dim": {
         "network": dim.network,
         "objective": dim.objective,
@@ -54,7 +54,7 @@ class Case:
                 keys = list(file.keys())
             if scan_orders.recognises(keys):
                 return "scan orders"
-            return dimsum.kind_of_part(self.info, keys) or "unknown"
+            return dimsum.kind_of_part(self.info, keys) or self.info.get("kind") or "unknown"
         return self.info.get("kind") or "network"
 
 
