@@ -7,8 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
+from genssm.data.motion.words import WordVectors, pad_tokens
+from genssm.metrics import motion_distances as distances
+from genssm.metrics.frechet import Moments, frechet_distance_from_features
+from genssm.metrics.motion_evaluator import CONTACTS, UNIT_LENGTH, evaluator_of_weights
 from genssm.motion import (
     SKELETONS,
     Skeleton,
@@ -22,7 +27,7 @@ from genssm.motion import (
     rotations,
     uniform_skeleton,
 )
-from tests.golden.checks import Check, compare
+from tests.golden.checks import Check, compare, equal
 
 Info = Mapping[str, Any]
 Tensors = dict[str, torch.Tensor]
@@ -118,9 +123,97 @@ def normalisation(info: Info, tensors: Tensors) -> Iterator[Check]:
         yield compare(f"out.{key}", value, tensors[f"out.{key}"], within(1e-6, 1e-6))
 
 
+def metrics(info: Info, tensors: Tensors) -> Iterator[Check]:
+    """R-precision, MM-Dist, FID and its moments, diversity and multimodality at stored indices, the interval."""
+    texts, motions, real = (tensors[f"in.{name}"] for name in ("text", "motion", "gt_motion"))
+    tight = within(1e-6, 1e-5)
+    size = info["R_size"]
+    found = distances.retrieval(texts, motions, top_k=info["top_k"], group_size=size)
+    moments = Moments.of(motions)
+    matching = torch.cat(
+        [distances.pair_distances(a, b).diagonal() for a, b in zip(texts.split(size), motions.split(size))]
+    )
+    interval = distances.Interval.of(tensors["in.replications"].numpy())
+    values = {
+        "dist_first_batch": distances.pair_distances(texts[:size], motions[:size]),
+        "r_precision": torch.tensor(found.r_precision),
+        "mm_dist": torch.tensor([found.mm_dist]),
+        "matching_per_sample": matching,
+        "mu_motion": torch.from_numpy(moments.mu),
+        "cov_motion": torch.from_numpy(moments.sigma),
+        "diversity": torch.tensor([distances.diversity(motions, *_indices(tensors, "div"))]),
+        "multimodality": torch.tensor([distances.multimodality(tensors["in.mm"], *_indices(tensors, "mm"))]),
+        "ci": torch.tensor([interval.mean, interval.half_width]),
+    }
+    for key, value in values.items():
+        yield compare(f"out.{key}", value, tensors[f"out.{key}"], tight)
+    for key, other in (("fid", motions), ("fid_self", real)):
+        value = torch.tensor([frechet_distance_from_features(other, real)])
+        yield compare(f"out.{key}", value, tensors[f"out.{key}"], within(1e-6, 1e-4))
+
+
+def fid_rank_deficient(info: Info, tensors: Tensors) -> Iterator[Check]:
+    """FID of fewer vectors than dimensions."""
+    value = frechet_distance_from_features(tensors["in.a"], tensors["in.b"])
+    yield compare("out.fid", torch.tensor([value]), tensors["out.fid"], within(0.0, 1e-3))
+
+
+def jerk(info: Info, tensors: Tensors) -> Iterator[Check]:
+    """Jerk per frame, its peak and the area against real motion."""
+    curves = distances.jerk(tensors["in.joints"], tensors["in.lengths"])
+    values = {
+        "jerk": curves,
+        "peak_jerk": torch.tensor([distances.peak_jerk(curves)]),
+        "auj": torch.tensor([distances.area_under_jerk(curves, info["gt_jerk"])]),
+    }
+    for key, value in values.items():
+        yield compare(f"out.{key}", value, tensors[f"out.{key}"], within(1e-6, 1e-5))
+
+
+def evaluator(info: Info, tensors: Tensors) -> Iterator[Check]:
+    """The three networks from published keys; the golden tensors list motions by length, ours keep the batch's order."""
+    weights = {key.removeprefix("w."): value for key, value in tensors.items() if key.startswith("w.")}
+    network = evaluator_of_weights(weights)
+    names = {"dim_pose": "feature_dim", "movement_latent": "movement_dim", "coemb": "embedding_dim", "word": "word_dim"}
+    for key in ("dim_pose", "movement_hidden", "movement_latent", "text_hidden", "motion_hidden", "coemb", "word"):
+        yield equal(f"config.{key}", getattr(network.sizes, names.get(key, key)), info[key])
+    yield equal("config.unit_length", UNIT_LENGTH, info["unit_length"])
+    motions, lengths, order = tensors["in.motions"], tensors["in.m_lens"], tensors["out.align_idx"]
+    yield equal("config.align_idx", lengths[order].tolist(), lengths.sort(descending=True).values.tolist())
+    texts = network.embed_texts(tensors["in.word_embs"], tensors["in.pos_onehot"], tensors["in.cap_lens"])
+    values = {
+        "movement": network.movement_encoder(motions[..., :-CONTACTS]),
+        "motion_emb": network.embed_normalised(motions, lengths),
+        "text_emb": texts,
+    }
+    for key, value in values.items():
+        yield compare(f"out.{key}", value[order], tensors[f"out.{key}"], within(1e-5, 1e-5))
+
+
+def word_vectors(info: Info, tensors: Tensors) -> Iterator[Check]:
+    """Tokens to vectors and classes, exactly."""
+    known = dict(zip(info["words"], tensors["in.vectors"].numpy()))
+    vectors = WordVectors(known.get, tensors["in.vectors"].shape[1], info["max_text_len"])
+    padded, length = pad_tokens(info["tokens"], info["max_text_len"])
+    yield equal("padded tokens", padded, info["padded_tokens"])
+    yield equal("sentence length", length, info["sent_len"])
+    found = vectors(info["tokens"])
+    yield compare("out.word_embs", torch.from_numpy(found.words), tensors["out.word_embs"], within(1e-30))
+    yield compare("out.pos_onehot", torch.from_numpy(found.classes), tensors["out.pos_onehot"], within(1e-30))
+
+
+def _indices(tensors: Tensors, name: str) -> tuple[np.ndarray, np.ndarray]:
+    return tensors[f"in.{name}_first"].numpy(), tensors[f"in.{name}_second"].numpy()
+
+
 KINDS = {
     "joints_to_features_and_back": joints_to_features_and_back,
     "features_to_joints": features_to_joints_case,
     "rotations": rotations_case,
     "normalisation": normalisation,
+    "t2m_metrics": metrics,
+    "fid_rank_deficient": fid_rank_deficient,
+    "jerk": jerk,
+    "t2m_evaluator": evaluator,
+    "word_vectorizer": word_vectors,
 }
