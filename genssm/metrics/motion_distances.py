@@ -1,8 +1,8 @@
 """Metrics of generated motion, on plain arrays: no data set, no network, no hidden random state.
 
 n clips, d features of the evaluator, T frames, J joints. Sources: Guo et al. 2022 (R-precision, MM-Dist, Diversity,
-MultiModality), Heusel et al. 2017 (FID, in :mod:`genssm.metrics.frechet`), Barquero et al. 2024 (jerk), Petrovich et al.
-2022 (APE, AVE).
+MultiModality), Heusel et al. 2017 (FID, in :mod:`genssm.metrics.frechet`), Barquero et al. 2024 (jerk), Petrovich et
+al. 2022 (APE, AVE).
 """
 
 from dataclasses import dataclass

@@ -143,7 +143,7 @@ class MotionEvaluator(nn.Module):
         """
         if features.ndim != 3 or features.shape[-1] != self.sizes.feature_dim or features.shape[1] % UNIT_LENGTH:
             raise ValueError(
-                f"features are {tuple(features.shape)}; the evaluator expects (B, T, {self.sizes.feature_dim}) with T a "
+                f"features are {tuple(features.shape)}; the evaluator expects (B, T, {self.sizes.feature_dim}), T a "
                 f"multiple of {UNIT_LENGTH}"
             )
         if int(lengths.min()) < UNIT_LENGTH or int(lengths.max()) > features.shape[1]:

@@ -171,7 +171,7 @@ def jerk(info: Info, tensors: Tensors) -> Iterator[Check]:
 
 
 def evaluator(info: Info, tensors: Tensors) -> Iterator[Check]:
-    """The three networks from published keys; the golden tensors list motions by length, ours keep the batch's order."""
+    """The three networks from published keys; the golden tensors list motions by length, ours stay in their order."""
     weights = {key.removeprefix("w."): value for key, value in tensors.items() if key.startswith("w.")}
     network = evaluator_of_weights(weights)
     names = {"dim_pose": "feature_dim", "movement_latent": "movement_dim", "coemb": "embedding_dim", "word": "word_dim"}

@@ -41,43 +41,29 @@ _TAGS = {
     "ADV": "again twice ahead away backwards forwards sideways upright then there together",
 }
 _TAG_OF = {word: tag for tag, words in reversed(_TAGS.items()) for word in words.split()}
-_IRREGULAR = {
-    **{
-        "ran": "run",
-        "sat": "sit",
-        "stood": "stand",
-        "threw": "throw",
-        "thrown": "throw",
-        "swung": "swing",
-        "bent": "bend",
-    },
-    **{
-        "put": "put",
-        "brought": "bring",
-        "knelt": "kneel",
-        "spun": "spin",
-        "leant": "lean",
-        "fell": "fall",
-        "took": "take",
-    },
-    **{
-        "feet": "foot",
-        "men": "man",
-        "women": "woman",
-        "people": "people",
-        "went": "go",
-        "left": "left",
-        "lying": "lie",
-    },
-    **{
-        "during": "during",
-        "something": "something",
-        "his": "his",
-        "this": "this",
-        "always": "always",
-        "towards": "towards",
-    },
+_IRREGULAR_STEMS = {
+    "run": "ran",
+    "sit": "sat",
+    "stand": "stood",
+    "throw": "threw thrown",
+    "swing": "swung",
+    "bend": "bent",
+    "bring": "brought",
+    "kneel": "knelt",
+    "spin": "spun",
+    "lean": "leant",
+    "fall": "fell",
+    "take": "took",
+    "go": "went",
+    "lie": "lying",
+    "foot": "feet",
+    "man": "men",
+    "woman": "women",
+    "during": "during",
+    "always": "always",
+    "left": "left",
 }
+_IRREGULAR = {word: stem for stem, words in _IRREGULAR_STEMS.items() for word in words.split()}
 
 
 class CaptionVectors(NamedTuple):
@@ -155,7 +141,7 @@ class WordVectors:
 
 
 def pad_tokens(tokens: Sequence[str], max_words: int = MAX_WORDS) -> tuple[list[str], int]:
-    """At most ``max_words`` tokens between ``sos`` and ``eos``, filled up with ``unk``; and how many are not filling."""
+    """At most ``max_words`` tokens between ``sos`` and ``eos``, filled up with ``unk``; their number before that."""
     kept = ["sos/OTHER", *tokens[:max_words], "eos/OTHER"]
     return kept + ["unk/OTHER"] * (max_words + 2 - len(kept)), len(kept)
 
