@@ -1,7 +1,7 @@
 """Data sets of motion on disk: HumanML3D and KIT-ML as published, and folders of recordings (BVH, ASF/AMC, joints).
 
 A folder in the published layout holds ``new_joint_vecs/<id>.npy`` (features), ``texts/<id>.txt`` (captions),
-``Mean.npy``, ``Std.npy`` and ``<split>.txt`` (ids). ``python -m genssm.data.motion.prepare`` writes recordings into that
+``Mean.npy``, ``Std.npy`` and ``<split>.txt`` (ids). ``python -m genssm.data.motion.prepare`` writes recordings in that
 layout, with two files more: ``labels.json`` (id -> class) and ``skeleton.json``.
 """
 
