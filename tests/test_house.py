@@ -26,7 +26,7 @@ FLOORS = [
     {"train", "sample"},
     {"genssm.convert", "genssm.env"},
     {"genssm.tasks"},
-    {"genssm.metrics.fid"},  # draws its samples through a pipeline
+    {"genssm.metrics.fid", "genssm.metrics.motion"},  # draw their samples through a pipeline
     {"genssm.pipelines"},
     {"genssm.training", "genssm.data", "genssm.metrics"},
     {"genssm.models"},

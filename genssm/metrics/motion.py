@@ -1,0 +1,351 @@
+"""Evaluate generated motion against a data set: ``python -m genssm.metrics.motion --help``."""
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genssm.data.motion import Lengths, MotionDataset, build_motion_dataset
+from genssm.data.motion.words import WordVectors
+from genssm.errors import cli
+from genssm.metrics import motion_distances as distances
+from genssm.metrics.fid import load_pipeline
+from genssm.metrics.frechet import frechet_distance_from_features
+from genssm.metrics.motion_clips import (
+    Clips,
+    FileMotions,
+    MotionSource,
+    PipelineMotions,
+    draw_clips,
+    embed_captions,
+    embed_motions,
+)
+from genssm.metrics.motion_evaluator import EvaluatorInfo, MotionEvaluator, load_evaluator, load_published
+from genssm.motion import features_to_joints
+from genssm.training.seeding import derive
+
+logger = logging.getLogger("genssm")
+REPETITIONS = 20
+COLUMNS = ("r_precision_1", "r_precision_2", "r_precision_3", "fid", "mm_dist", "diversity", "multimodality")
+JOINT_COLUMNS = ("peak_jerk", "area_under_jerk", "foot_skating")
+EPILOG = """\
+examples
+  a trained model on HumanML3D, with the published evaluator and its GloVe vectors:
+    python -m genssm.metrics.motion --data HumanML3D --model runs/motion_mamba --published . --glove glove \\
+      --multimodality 100 --report motion.json
+  the same on data of one's own, with an evaluator of one's own:
+    python -m genssm.metrics.motion_evaluator_training --data data/cmu --out own.safetensors
+    python -m genssm.metrics.motion --data data/cmu --model runs/cmu --evaluator own.safetensors --windows 8
+  average inference time per sentence alone:
+    python -m genssm.metrics.motion --data HumanML3D --model runs/motion_mamba --aits 100
+"""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How an evaluation is done.
+
+    Attributes:
+        repetitions: each with its own order, crops, captions and seeds.
+        windows: how often each test clip is drawn; 1 where tables are compared.
+        diversity_pairs: pairs of motions.
+        multimodality_captions: captions that get several motions, 0 to leave MultiModality out.
+        multimodality_samples: motions for each of them.
+        multimodality_pairs: pairs of these.
+        group_size: of R-precision.
+        seed: of everything.
+    """
+
+    repetitions: int = REPETITIONS
+    windows: int = 1
+    diversity_pairs: int = distances.DIVERSITY_PAIRS
+    multimodality_captions: int = 0
+    multimodality_samples: int = 30
+    multimodality_pairs: int = distances.MULTIMODALITY_PAIRS
+    group_size: int = distances.GROUP_SIZE
+    seed: int = 0
+
+
+class Evaluation:
+    """An evaluator, its words and the test clips, for any number of sources.
+
+    Args:
+        dataset: the test part.
+        evaluator: in evaluation mode.
+        info: where it comes from.
+        vectors: of the words that it was trained with.
+        protocol: None takes the published one.
+        device: where the evaluator runs.
+    """
+
+    def __init__(
+        self,
+        dataset: MotionDataset,
+        evaluator: MotionEvaluator,
+        info: EvaluatorInfo,
+        vectors: WordVectors,
+        protocol: Protocol | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if evaluator.sizes.feature_dim != dataset.skeleton.feature_dim:
+            raise ValueError(
+                f"the evaluator reads {evaluator.sizes.feature_dim} features, the data set has "
+                f"{dataset.skeleton.feature_dim}"
+            )
+        if evaluator.sizes.word_dim != vectors.dim:
+            raise ValueError(
+                f"the evaluator reads word vectors of length {evaluator.sizes.word_dim}, not {vectors.dim}"
+            )
+        self.dataset, self.info, self.vectors = dataset, info, vectors
+        self.protocol, self.device = protocol or Protocol(), torch.device(device)
+        self.evaluator = evaluator.to(self.device)
+        drawn = len(dataset) * self.protocol.windows
+        if drawn < self.protocol.group_size:
+            raise ValueError(
+                f"{drawn} test clips are fewer than a group of {self.protocol.group_size}; draw each several times "
+                "(--windows) or take another split"
+            )
+        self.diversity_pairs = min(self.protocol.diversity_pairs, drawn)
+        skeleton = dataset.skeleton
+        if (skeleton.name, skeleton.fps) == ("t2m", 20):
+            self.real_jerk = distances.REAL_JERK["humanml3d"]
+        else:  # no published constant: the mean over the test clips
+            joints, lengths = self._joints([clip.features for clip in dataset.clips])
+            valid = (lengths - 3).clamp(min=0).sum()
+            self.real_jerk = float(distances.jerk(joints, lengths).double().sum() / valid)
+
+    def run(self, source: MotionSource | None) -> dict[str, distances.Interval]:
+        """Mean and interval of every metric; ``source`` None compares real motion with other crops of itself."""
+        rows = [self.repetition(source, number) for number in range(self.protocol.repetitions)]
+        return {name: distances.Interval.of([row[name] for row in rows]) for name in rows[0]}
+
+    def repetition(self, source: MotionSource | None, number: int) -> dict[str, float]:
+        """One repetition: metric -> value."""
+        seed = self.protocol.seed
+        clips = draw_clips(self.dataset, seed, number, self.protocol.windows)
+        if source is None:
+            made = draw_clips(self.dataset, seed, number, self.protocol.windows, take="b").features
+        else:
+            made = source.motions(clips, derive(seed, "motions", number))
+        frames = self.dataset.lengths.max_frames
+        texts = embed_captions(self.evaluator, clips.captions, self.vectors, self.device)
+        real = embed_motions(self.evaluator, clips.features, frames, self.device)
+        found = embed_motions(self.evaluator, made, frames, self.device)
+        near = distances.retrieval(texts, found, group_size=self.protocol.group_size)
+        pairs = distances.diversity_indices(len(found), derive(seed, "diversity", number), self.diversity_pairs)
+        values = {f"r_precision_{k}": share for k, share in enumerate(near.r_precision, start=1)}
+        values |= {
+            "fid": frechet_distance_from_features(found, real),
+            "mm_dist": near.mm_dist,
+            "diversity": distances.diversity(found, *pairs),
+        }
+        if source is not None and self.protocol.multimodality_captions:
+            values["multimodality"] = self._multimodality(source, clips, number)
+        return values | self._of_joints(made)
+
+    def _multimodality(self, source: MotionSource, clips: Clips, number: int) -> float:
+        protocol = self.protocol
+        count = min(protocol.multimodality_captions, len(clips.captions))
+        rows = [i for i in range(count) for _ in range(protocol.multimodality_samples)]
+        several = Clips(*([column[i] for i in rows] for column in (clips.names, clips.captions, clips.features)))
+        made = source.motions(several, derive(protocol.seed, "multimodality", number))
+        found = embed_motions(self.evaluator, made, self.dataset.lengths.max_frames, self.device)
+        pairs = distances.diversity_indices(
+            protocol.multimodality_samples, derive(protocol.seed, "pairs", number), protocol.multimodality_pairs
+        )
+        return distances.multimodality(found.unflatten(0, (count, -1)), *pairs)
+
+    def _of_joints(self, made: Sequence[Tensor]) -> dict[str, float]:
+        joints, lengths = self._joints(made)
+        curves = distances.jerk(joints, lengths)
+        toes = (self.dataset.skeleton.left_foot[1], self.dataset.skeleton.right_foot[1])
+        return {
+            "peak_jerk": distances.peak_jerk(curves),
+            "area_under_jerk": distances.area_under_jerk(curves, self.real_jerk),
+            "foot_skating": distances.foot_skating(joints, toes, lengths),
+        }
+
+    def _joints(self, clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Joints in metres, padded to the longest (B, T, J, 3), and the lengths (B,)."""
+        skeleton = self.dataset.skeleton
+        lengths = torch.tensor([len(features) for features in clips])
+        joints = torch.zeros(len(clips), int(lengths.max()), skeleton.num_joints, 3)
+        for i, features in enumerate(clips):
+            joints[i, : len(features)] = features_to_joints(features, skeleton) * skeleton.metres
+        return joints, lengths
+
+    def comparability(self) -> str:
+        """Whether the numbers may stand beside published ones, and if not, why."""
+        reasons = []
+        if not self.info.published:
+            reasons.append(f"the evaluator {self.info.name!r} is not the published one")
+        published = Protocol(seed=self.protocol.seed, multimodality_captions=self.protocol.multimodality_captions)
+        if self.protocol != published or self.diversity_pairs != distances.DIVERSITY_PAIRS:
+            reasons.append("the protocol differs from the published one")
+        return f"not comparable with published tables: {'; '.join(reasons)}" if reasons else "published protocol"
+
+
+def time_per_sentence(
+    pipeline: Any, clips: Clips, count: int, device: torch.device, seed: int = 0, **call: Any
+) -> dict[str, float]:
+    """AITS: seconds per sentence at batch 1, text encoding, sampling and decoding together.
+
+    Loading and the recovery of joints are not in it. The first sentences, which compile and allocate, are not counted.
+
+    Returns:
+        Mean, median and number of sentences.
+    """
+    seconds = []
+    for number in range(count + 3):
+        i = number % len(clips.captions)
+        generator = torch.Generator().manual_seed(derive(seed, number))
+        _synchronise(device)
+        start = time.perf_counter()
+        pipeline(
+            clips.captions[i].text, num_frames=clips.lengths[i], generator=generator, output_type="features", **call
+        )
+        _synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    counted = torch.tensor(seconds[3:], dtype=torch.float64)
+    return {"mean_s": float(counted.mean()), "median_s": float(counted.median()), "sentences": count}
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def table(rows: dict[str, dict[str, distances.Interval]]) -> str:
+    """The rows as aligned text; metrics that no row has are left out."""
+    names = [name for name in (*COLUMNS, *JOINT_COLUMNS) if any(name in row for row in rows.values())]
+    width = max(len(name) for name in rows)
+    lines = ["  ".join([" " * width, *names])]
+    for title, row in rows.items():
+        cells = [f"{row[name]!s:>{len(name)}}" if name in row else f"{'-':>{len(name)}}" for name in names]
+        lines.append("  ".join([f"{title:<{width}}", *cells]))
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every option, with its meaning."""
+    result = argparse.ArgumentParser(
+        prog="python -m genssm.metrics.motion",
+        description="R-precision (groups of 32), FID, MM-Dist, Diversity, MultiModality, jerk and foot skating of\n"
+        "generated motion, as mean and 95 % interval of repetitions, beside a row of real motion.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("--data", required=True, help="folder of the data set (HumanML3D's layout, or recordings)")
+    result.add_argument("--split", default="test", help="part of it (default: %(default)s)")
+    what = result.add_mutually_exclusive_group()
+    what.add_argument("--model", help="pipeline folder or run folder; motions are drawn from it")
+    what.add_argument("--samples", help="folder of motions, <name of the test clip>.npy, features or joints")
+    who = result.add_mutually_exclusive_group()
+    who.add_argument("--evaluator", metavar="FILE", help="evaluator of one's own (.safetensors)")
+    who.add_argument("--published", nargs="+", metavar="ROOT", help="folders to look for the published evaluator in")
+    result.add_argument("--glove", help="folder of GloVe vectors (our_vab_*), for evaluators trained with them")
+    result.add_argument("--repetitions", type=int, default=REPETITIONS, help="default: %(default)s")
+    result.add_argument("--windows", type=int, default=1, help="draw each test clip so often (default: %(default)s)")
+    result.add_argument(
+        "--multimodality", type=int, default=0, metavar="CAPTIONS", help="captions of MultiModality; published: 100"
+    )
+    result.add_argument("--aits", type=int, default=0, metavar="N", help="also time N sentences, one at a time")
+    result.add_argument("--min-frames", type=int, help="shortest clip (default: 40, KIT-ML 24)")
+    result.add_argument("--max-frames", type=int, help="longest clip (default: 196)")
+    result.add_argument("--longer", choices=["leave_out", "window"], help="what becomes of longer clips")
+    result.add_argument("--num-inference-steps", type=int, help="steps of the sampler (default: the pipeline's)")
+    result.add_argument("--guidance-scale", type=float, help="default: the pipeline's")
+    result.add_argument("--batch-size", type=int, default=32, help="motions per call (default: %(default)s)")
+    result.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    result.add_argument("--device", help="cpu, cuda, ...; default: cuda where there is one")
+    result.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the model")
+    result.add_argument("--report", type=Path, metavar="FILE.json", help="write protocol and results")
+    return result
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; see ``--help``."""
+    options = parser().parse_args(arguments)
+    if not (options.evaluator or options.published or options.aits):
+        raise ValueError("nothing to do: give --evaluator or --published for metrics, or --aits N for the time")
+    if options.aits and not options.model:
+        raise ValueError("--aits times a pipeline; give --model")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dataset = build_motion_dataset(options.data, options.split, lengths=_lengths(options))
+    call = {
+        key: getattr(options, key)
+        for key in ("num_inference_steps", "guidance_scale")
+        if getattr(options, key) is not None
+    }
+    pipeline = None
+    if options.model:
+        pipeline, _ = load_pipeline(Path(options.model), device, getattr(torch, options.dtype))
+    report: dict[str, Any] = {"data": options.data, "split": options.split, "clips": len(dataset), "sampling": call}
+    if options.evaluator or options.published:
+        report |= _metrics(options, dataset, pipeline, call, device)
+    if options.aits:
+        clips = draw_clips(dataset, options.seed, 0)
+        pipeline.set_progress_bar_config(disable=True)
+        report["aits"] = time_per_sentence(pipeline, clips, options.aits, device, options.seed, **call)
+        report["aits"]["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        print("AITS {mean_s:.4f} s (median {median_s:.4f}, {sentences} sentences, {device})".format(**report["aits"]))
+    if options.report:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        options.report.write_text(json.dumps(report, indent=2), encoding="utf-8")
+
+
+def _metrics(
+    options: argparse.Namespace, dataset: MotionDataset, pipeline: Any, call: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    if options.published:
+        evaluator, info = load_published(options.published, dataset.skeleton.name)
+    else:
+        evaluator, info = load_evaluator(options.evaluator)
+    if info.word_vectors == "glove" and not options.glove:
+        raise ValueError(f"the evaluator {info.name!r} reads GloVe vectors; say where they are with --glove")
+    vectors = (
+        WordVectors.load(options.glove)
+        if info.word_vectors == "glove"
+        else WordVectors.hashed(evaluator.sizes.word_dim)
+    )
+    protocol = Protocol(
+        repetitions=options.repetitions,
+        windows=options.windows,
+        multimodality_captions=options.multimodality,
+        seed=options.seed,
+    )
+    evaluation = Evaluation(dataset, evaluator, info, vectors, protocol, device)
+    rows = {"real": evaluation.run(None)}
+    source: MotionSource | None = None
+    if pipeline is not None:
+        source = PipelineMotions(pipeline, options.model, options.batch_size, **call)
+    elif options.samples:
+        source = FileMotions(options.samples, dataset.skeleton)
+    if source is not None:
+        rows[source.name] = evaluation.run(source)
+    print(table(rows))
+    print(f"{options.repetitions} repetitions, mean ± 95 % interval; {evaluation.comparability()}")
+    return {
+        "evaluator": asdict(info),
+        "protocol": asdict(protocol) | {"diversity_pairs": evaluation.diversity_pairs},
+        "comparability": evaluation.comparability(),
+        "results": {title: {name: asdict(value) for name, value in row.items()} for title, row in rows.items()},
+    }
+
+
+def _lengths(options: argparse.Namespace) -> Lengths | None:
+    """The lengths that were asked for; None where none was, so that the data set takes its own."""
+    given = {"min_frames": options.min_frames, "max_frames": options.max_frames, "longer": options.longer}
+    given = {name: value for name, value in given.items() if value is not None}
+    return Lengths(**given) if given else None
+
+
+if __name__ == "__main__":
+    cli(main)
