@@ -67,21 +67,6 @@ class LatentsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MotionConfig:
-    """Which clips of motion are used, and how long their items are."""
-
-    min_frames: int = key("shorter clips are left out; KIT-ML is usually read with 24", 40)
-    max_frames: int = key("frames of an item", 196)
-    unit_length: int = key("lengths are multiples of it", 4)
-    longer: Literal["leave_out", "window"] = key(
-        "of clips that are longer: leave them out, or a random part", "leave_out"
-    )
-    mirror: bool = key("of recordings: add mirror images, words for left and right exchanged", False)
-    joint_map: str | None = key("of recordings: key of genssm.data.motion.recording.JOINT_MAPS; null finds it", None)
-    up: Literal["y", "z"] = key("of recordings: vertical axis", "y")
-
-
-@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the images (or latents) come from and how they become tensors."""
 
@@ -98,7 +83,6 @@ class DataConfig:
     download: bool = key("let torchvision fetch its data sets into path", False, resumable=True)
     vae: str | None = key("folder of a VAE: encodes images while training, decodes samples", None, resumable=True)
     latents: LatentsConfig = key("reading of stored latents", factory=LatentsConfig)
-    motion: MotionConfig = key("clips of motion", factory=MotionConfig)
     cache: Literal["none", "ram", "device"] = key(
         "keep the decoded data set in memory or on the device", "none", resumable=True
     )

@@ -9,29 +9,15 @@ import torch
 from genssm.config import DataConfig
 from genssm.data.images import CachedImages, ImageDataset
 from genssm.data.latents import LatentDataset, open_latents
-from genssm.data.motion import MotionDataset, open_motion
 from genssm.data.sources import DATASETS as IMAGE_DATASETS
 from genssm.data.transforms import CROPS, ImageTransform
 
-DATASETS = (*IMAGE_DATASETS, "latents", "motion")
+DATASETS = (*IMAGE_DATASETS, "latents")
 
-# Keys of the data section that mean something to one kind of data only.
-IMAGE_KEYS = ("resolution", "channels", "crop", "label", "download")
-IDLE = {"latents": (*IMAGE_KEYS, "motion"), "motion": (*IMAGE_KEYS, "flip", "vae", "latents")}
-
-__all__ = [
-    "CROPS",
-    "DATASETS",
-    "CachedImages",
-    "ImageDataset",
-    "LatentDataset",
-    "MotionDataset",
-    "build_dataset",
-    "cache_dataset",
-]
+__all__ = ["CROPS", "DATASETS", "CachedImages", "ImageDataset", "LatentDataset", "build_dataset", "cache_dataset"]
 
 
-def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset | LatentDataset | MotionDataset:
+def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset | LatentDataset:
     """A data set from a configuration, from keys, or from a configuration with some keys changed.
 
     Args:
@@ -40,8 +26,7 @@ def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset
 
     Returns:
         A map-style data set with ``num_classes``, ``class_names``, ``labels`` and items
-        ``{"pixel_values": float32 (C, H, W) in -1..1, "class_labels": int}``, or ``"latents"`` in place of the pixels;
-        of motion :meth:`genssm.data.motion.MotionDataset.item`.
+        ``{"pixel_values": float32 (C, H, W) in -1..1, "class_labels": int}``, or ``"latents"`` in place of the pixels.
         ``dataset[i]`` is never random.
 
     Raises:
@@ -59,21 +44,20 @@ def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset
             f"data.name={config.name!r} is not a data set"
             + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(DATASETS)}")
         )
+    idle = ("resolution", "channels", "crop", "label", "download") if config.name == "latents" else ("latents",)
     defaults = DataConfig(name=config.name)
-    for key in IDLE.get(config.name, ("latents", "motion")):
+    for key in idle:
         if getattr(config, key) != getattr(defaults, key):
             raise ValueError(f"data.{key} means nothing to data.name={config.name}; leave it out")
     if config.name == "latents":
         return open_latents(config.path, config.split, config.latents, flip=config.flip)
-    if config.name == "motion":
-        return open_motion(config.path, config.split, config.motion)
     source = IMAGE_DATASETS[config.name](config.path, config.split, config.label, config.download)
     return ImageDataset(source, ImageTransform(config.resolution, config.channels, config.crop, config.flip))
 
 
 def cache_dataset(
-    dataset: ImageDataset | LatentDataset | MotionDataset, cache: str, device: torch.device | str
-) -> ImageDataset | LatentDataset | MotionDataset | CachedImages:
+    dataset: ImageDataset | LatentDataset, cache: str, device: torch.device | str
+) -> ImageDataset | LatentDataset | CachedImages:
     """The data set, or its items decoded into memory; training sees the same either way.
 
     Args:
@@ -86,8 +70,6 @@ def cache_dataset(
     """
     if cache == "none":
         return dataset
-    if isinstance(dataset, MotionDataset):
-        raise ValueError("motion is read into memory as it is; use data.cache=none")
     if isinstance(dataset, LatentDataset):
         if cache == "device":
             raise ValueError("data.cache=device keeps images; use data.cache=ram with latents")

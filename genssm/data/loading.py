@@ -150,8 +150,5 @@ def training_batches(
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_interrupts_alone,
     )
-    for batch in loader:  # texts stay lists of str
-        yield {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-        }
+    for batch in loader:
+        yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}

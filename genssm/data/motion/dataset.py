@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from genssm.config import MotionConfig
 from genssm.data.motion.clips import (
     Caption,
     Clip,
@@ -192,24 +191,6 @@ def build_motion_dataset(
         folder = open_recordings(path, split, mirror=mirror, joint_map=joint_map, up=up, with_statistics=not statistics)
         lengths = lengths or Lengths(longer="window")
     return MotionDataset(folder.clips, folder.skeleton, statistics or folder.statistics, lengths, folder.class_names)
-
-
-def open_motion(path: str | None, split: str, config: MotionConfig) -> MotionDataset:
-    """The data set of a run, as its configuration says.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`build_motion_dataset`.
-    """
-    if path is None or not Path(path).is_dir():
-        raise FileNotFoundError(f"data.path={path}: no folder of motion there")
-    return build_motion_dataset(
-        path,
-        split,
-        lengths=Lengths(config.min_frames, config.max_frames, config.unit_length, config.longer),
-        mirror=config.mirror,
-        joint_map=config.joint_map,
-        up=config.up,
-    )
 
 
 def open_recordings(
