@@ -37,7 +37,7 @@ _TAGS = {
     "AUX": "is are was were be been being am do does did have has had can could will would should may might must",
     "PRON": "he she it they him them himself herself itself themselves who which what someone something one i you we",
     "NUM": "two three four five six seven eight nine ten once twice",
-    "OTHER": "and or but while then when before after if so not",
+    "OTHER": "and or but while when before after if so not",
     "ADV": "again twice ahead away backwards forwards sideways upright then there together",
 }
 _TAG_OF = {word: tag for tag, words in reversed(_TAGS.items()) for word in words.split()}
