@@ -110,13 +110,13 @@ def train_evaluator(
     device = torch.device(device)
     statistics = train.statistics.with_feature_bias(FEATURE_BIAS, train.skeleton)
     sizes = replace(sizes or EvaluatorSizes(), feature_dim=train.skeleton.feature_dim, word_dim=vectors.dim)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "init"))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive(seed, "init"))  # of weights and dropout
         evaluator = MotionEvaluator(sizes, statistics).to(device).train()
         decoder = MovementDecoder(sizes.movement_dim, sizes.movement_hidden, sizes.feature_dim - CONTACTS).to(device)
-    _fit_autoencoder(evaluator, decoder, train, autoencoder_epochs, batch_size, learning_rate, seed, progress)
-    evaluator.movement_encoder.requires_grad_(False).eval()
-    _fit_pairs(evaluator, train, vectors, epochs, batch_size, learning_rate, margin, seed, progress)
+        _fit_autoencoder(evaluator, decoder, train, autoencoder_epochs, batch_size, learning_rate, seed, progress)
+        evaluator.movement_encoder.requires_grad_(False).eval()
+        _fit_pairs(evaluator, train, vectors, epochs, batch_size, learning_rate, margin, seed, progress)
     evaluator.eval()
     clips = draw_clips(test, seed, 0, windows=-(-GROUP_SIZE // len(test)))
     texts = embed_captions(evaluator, clips.captions, vectors, device)
