@@ -33,6 +33,9 @@ from genssm.training.seeding import derive
 
 logger = logging.getLogger("genssm")
 REPETITIONS = 20
+# HumanML3D, KIT-ML, and the long clips of HumanML3D-LS.
+PUBLISHED_LENGTHS = (Lengths(), Lengths(min_frames=24), Lengths(min_frames=191))
+TRANSITION_SECONDS = 3.0
 COLUMNS = ("r_precision_1", "r_precision_2", "r_precision_3", "fid", "mm_dist", "diversity", "multimodality")
 JOINT_COLUMNS = ("peak_jerk", "area_under_jerk", "foot_skating")
 EPILOG = """\
@@ -55,6 +58,7 @@ class Protocol:
     Attributes:
         repetitions: each with its own order, crops, captions and seeds.
         windows: how often each test clip is drawn; 1 where tables are compared.
+        limit: clips of a repetition, drawn at random; None takes all.
         diversity_pairs: pairs of motions.
         multimodality_captions: captions that get several motions, 0 to leave MultiModality out.
         multimodality_samples: motions for each of them.
@@ -65,6 +69,7 @@ class Protocol:
 
     repetitions: int = REPETITIONS
     windows: int = 1
+    limit: int | None = None
     diversity_pairs: int = distances.DIVERSITY_PAIRS
     multimodality_captions: int = 0
     multimodality_samples: int = 30
@@ -106,7 +111,7 @@ class Evaluation:
         self.dataset, self.info, self.vectors = dataset, info, vectors
         self.protocol, self.device = protocol or Protocol(), torch.device(device)
         self.evaluator = evaluator.to(self.device)
-        drawn = len(dataset) * self.protocol.windows
+        drawn = len(self._draw(0).names)
         if drawn < self.protocol.group_size:
             raise ValueError(
                 f"{drawn} test clips are fewer than a group of {self.protocol.group_size}; draw each several times "
@@ -129,9 +134,9 @@ class Evaluation:
     def repetition(self, source: MotionSource | None, number: int) -> dict[str, float]:
         """One repetition: metric -> value."""
         seed = self.protocol.seed
-        clips = draw_clips(self.dataset, seed, number, self.protocol.windows)
+        clips = self._draw(number)
         if source is None:
-            made = draw_clips(self.dataset, seed, number, self.protocol.windows, take="b").features
+            made = self._draw(number, take="b").features
         else:
             made = source.motions(clips, derive(seed, "motions", number))
         frames = self.dataset.lengths.max_frames
@@ -149,6 +154,10 @@ class Evaluation:
         if source is not None and self.protocol.multimodality_captions:
             values["multimodality"] = self._multimodality(source, clips, number)
         return values | self._of_joints(made)
+
+    def _draw(self, number: int, take: str = "a") -> Clips:
+        protocol = self.protocol
+        return draw_clips(self.dataset, protocol.seed, number, protocol.windows, limit=protocol.limit, take=take)
 
     def _multimodality(self, source: MotionSource, clips: Clips, number: int) -> float:
         protocol = self.protocol
@@ -189,6 +198,8 @@ class Evaluation:
         published = Protocol(seed=self.protocol.seed, multimodality_captions=self.protocol.multimodality_captions)
         if self.protocol != published or self.diversity_pairs != distances.DIVERSITY_PAIRS:
             reasons.append("the protocol differs from the published one")
+        if self.dataset.lengths not in PUBLISHED_LENGTHS:
+            reasons.append("clips are chosen by other lengths")
         return f"not comparable with published tables: {'; '.join(reasons)}" if reasons else "published protocol"
 
 
@@ -215,6 +226,43 @@ def time_per_sentence(
         seconds.append(time.perf_counter() - start)
     counted = torch.tensor(seconds[3:], dtype=torch.float64)
     return {"mean_s": float(counted.mean()), "median_s": float(counted.median()), "sentences": count}
+
+
+def long_motion(
+    pipeline: Any, clips: Clips, count: int, segments: int = 4, seed: int = 0, **call: Any
+) -> dict[str, float]:
+    """Jerk where one prompt gives way to the next, over long motions of several captions.
+
+    Args:
+        pipeline: with ``long(prompts, seconds=..., generator=..., output_type="joints")``.
+        clips: whose captions and lengths the segments take, in their order.
+        count: long motions.
+        segments: captions of each.
+        seed: of the first.
+        call: further arguments of ``long``: steps, guidance, length of a transition.
+    Returns:
+        Peak jerk and area under it in windows of three seconds (Barquero et al. 2024), and how many there were; the
+        area only for the skeleton of HumanML3D, where the jerk of real motion is published.
+    """
+    windows, number = [], 0
+    for motion in range(count):
+        rows = [(motion * segments + i) % len(clips.captions) for i in range(segments)]
+        fps = pipeline.skeleton.fps
+        made = pipeline.long(
+            [clips.captions[i].text for i in rows],
+            seconds=[max(clips.lengths[i] / fps, TRANSITION_SECONDS) for i in rows],
+            generator=torch.Generator().manual_seed(derive(seed, motion)),
+            output_type="joints",
+            **call,
+        )
+        joints = made.motions[0].float().cpu() * pipeline.skeleton.metres
+        windows.append(distances.transitions(joints, made.borders[0], round(TRANSITION_SECONDS * fps)))
+        number += len(windows[-1])
+    curves = distances.jerk(torch.cat(windows))
+    found = {"peak_jerk": distances.peak_jerk(curves), "transitions": number}
+    if (pipeline.skeleton.name, pipeline.skeleton.fps) == ("t2m", 20):
+        found["area_under_jerk"] = distances.area_under_jerk(curves)
+    return found
 
 
 def _synchronise(device: torch.device) -> None:
@@ -257,7 +305,9 @@ def parser() -> argparse.ArgumentParser:
         "--multimodality", type=int, default=0, metavar="CAPTIONS", help="captions of MultiModality; published: 100"
     )
     result.add_argument("--aits", type=int, default=0, metavar="N", help="also time N sentences, one at a time")
-    result.add_argument("--min-frames", type=int, help="shortest clip (default: 40, KIT-ML 24)")
+    result.add_argument("--long", type=int, default=0, metavar="N", help="also measure jerk between 4 prompts, N times")
+    result.add_argument("--clips", type=int, metavar="N", help="test clips of a repetition (default: all)")
+    result.add_argument("--min-frames", type=int, help="shortest clip (default: 40, KIT-ML 24; HumanML3D-LS: 191)")
     result.add_argument("--max-frames", type=int, help="longest clip (default: 196)")
     result.add_argument("--longer", choices=["leave_out", "window"], help="what becomes of longer clips")
     result.add_argument("--num-inference-steps", type=int, help="steps of the sampler (default: the pipeline's)")
@@ -273,10 +323,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     """The command line; see ``--help``."""
     options = parser().parse_args(arguments)
-    if not (options.evaluator or options.published or options.aits):
-        raise ValueError("nothing to do: give --evaluator or --published for metrics, or --aits N for the time")
-    if options.aits and not options.model:
-        raise ValueError("--aits times a pipeline; give --model")
+    if not (options.evaluator or options.published or options.aits or options.long):
+        raise ValueError(
+            "nothing to do: give --evaluator or --published for metrics, --aits N for the time, or --long N"
+        )
+    if (options.aits or options.long) and not options.model:
+        raise ValueError("--aits and --long need a pipeline; give --model")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dataset = build_motion_dataset(options.data, options.split, lengths=_lengths(options))
     call = {
@@ -290,8 +342,12 @@ def main(arguments: list[str] | None = None) -> None:
     report: dict[str, Any] = {"data": options.data, "split": options.split, "clips": len(dataset), "sampling": call}
     if options.evaluator or options.published:
         report |= _metrics(options, dataset, pipeline, call, device)
+    clips = draw_clips(dataset, options.seed, 0)
+    if options.long:
+        pipeline.set_progress_bar_config(disable=True)
+        report["long"] = long_motion(pipeline, clips, options.long, seed=options.seed, **call)
+        print("between prompts: " + ", ".join(f"{name} {value:.4g}" for name, value in report["long"].items()))
     if options.aits:
-        clips = draw_clips(dataset, options.seed, 0)
         pipeline.set_progress_bar_config(disable=True)
         report["aits"] = time_per_sentence(pipeline, clips, options.aits, device, options.seed, **call)
         report["aits"]["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -318,6 +374,7 @@ def _metrics(
     protocol = Protocol(
         repetitions=options.repetitions,
         windows=options.windows,
+        limit=options.clips,
         multimodality_captions=options.multimodality,
         seed=options.seed,
     )

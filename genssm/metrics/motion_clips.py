@@ -41,7 +41,9 @@ class Clips:
         return Clips(self.names, self.captions, features)
 
 
-def draw_clips(dataset: MotionDataset, seed: int, repetition: int, windows: int = 1, *, take: str = "a") -> Clips:
+def draw_clips(
+    dataset: MotionDataset, seed: int, repetition: int, windows: int = 1, *, limit: int | None = None, take: str = "a"
+) -> Clips:
     """Every clip of a data set ``windows`` times, cropped at random and with a random caption, in a random order.
 
     Args:
@@ -49,9 +51,10 @@ def draw_clips(dataset: MotionDataset, seed: int, repetition: int, windows: int 
         seed: of the evaluation.
         repetition: number of the repetition; order, crops and captions depend on it.
         windows: how often each clip is drawn.
+        limit: keep so many of all that.
         take: another letter gives other crops of the same clips in the same order, with the same captions.
     """
-    order = permutation(len(dataset) * windows, derive(seed, "order", repetition))
+    order = permutation(len(dataset) * windows, derive(seed, "order", repetition))[:limit]
     keys = hash_integers(order, derive(seed, "crops", repetition)).tolist()
     others = hash_integers(order, derive(seed, "crops", repetition, take)).tolist() if take != "a" else keys
     numbers = [int(place) % len(dataset) for place in order]

@@ -5,6 +5,7 @@ MultiModality), Heusel et al. 2017 (FID, in :mod:`genssm.metrics.frechet`), Barq
 al. 2022 (APE, AVE).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -158,6 +159,26 @@ def peak_jerk(curves: Tensor) -> float:
 def area_under_jerk(curves: Tensor, real: float = REAL_JERK["humanml3d"]) -> float:
     """AUJ: sum over frames of |mean curve - the jerk of real motion|, from :func:`jerk` (B, T - 3)."""
     return float((curves.double().mean(0) - real).abs().sum())
+
+
+def transitions(joints: Tensor, borders: Sequence[int], frames: int) -> Tensor:
+    """Windows around the borders between segments of a long motion, for :func:`jerk`.
+
+    Args:
+        joints: (T, J, 3).
+        borders: frames at which a segment begins.
+        frames: length of a window; published: 60 at 20 fps, 30 at 30 fps.
+    Returns:
+        (borders, frames, J, 3).
+    Raises:
+        ValueError: a window reaches beyond the motion.
+    """
+    starts = [border - frames // 2 for border in borders]
+    if not starts or min(starts) < 0 or max(starts) + frames > len(joints):
+        raise ValueError(
+            f"windows of {frames} frames around {list(borders)} do not fit into a motion of {len(joints)} frames"
+        )
+    return torch.stack([joints[start : start + frames] for start in starts])
 
 
 def foot_skating(

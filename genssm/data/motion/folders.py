@@ -6,7 +6,6 @@ layout, with two files more: ``labels.json`` (id -> class) and ``skeleton.json``
 """
 
 import csv
-import fnmatch
 import hashlib
 import io
 import json
@@ -158,30 +157,58 @@ class Described:
 
 @dataclass
 class _Files:
-    """All files of a folder and of the archives in it, by path; archives are read in memory, never unpacked."""
+    """Files by path; those in archives are read in memory, never unpacked."""
 
     root: Path
     readers: dict[str, Callable[[], bytes]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        for path in sorted(p for p in self.root.rglob("*") if p.is_file()):
-            name = path.relative_to(self.root).as_posix()
-            if path.name.endswith(ARCHIVES):
-                with tarfile.open(path) as archive:
-                    for member in archive:
-                        if member.isfile():
-                            content = archive.extractfile(member).read()
-                            self.readers[member.name] = lambda content=content: content
-            else:
-                self.readers[name] = path.read_bytes
+    @classmethod
+    def below(cls, root: Path) -> "_Files":
+        """All files of a folder and of the archives in it."""
+        files = cls(root)
+        for path in sorted(p for p in root.rglob("*") if p.is_file()):
+            if not path.name.endswith(ARCHIVES):
+                files.readers[path.relative_to(root).as_posix()] = path.read_bytes
+                continue
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    if member.isfile():
+                        content = archive.extractfile(member).read()
+                        files.readers[member.name] = lambda content=content: content
+        return files
+
+    @classmethod
+    def beside(cls, path: Path) -> "_Files":
+        """A file and the skeletons (.asf) beside it."""
+        near = [path, *(other for other in path.parent.iterdir() if other.suffix.lower() == ".asf")]
+        return cls(path.parent, {file.name: file.read_bytes for file in near})
 
     def text(self, name: str) -> str:
         return self.readers[name]().decode("utf-8", errors="replace")
 
     def find(self, wanted: str) -> str | None:
-        """The file whose path ends in ``wanted``."""
+        """The file whose path ends in ``wanted``, or the recording whose path does but for its ending."""
         parts = PurePosixPath(wanted).parts
-        return next((name for name in self.readers if PurePosixPath(name).parts[-len(parts) :] == parts), None)
+        for name in self.readers:
+            path = PurePosixPath(name)
+            bare = path.with_suffix("").parts if path.suffix.lower() in RECORDINGS else ()
+            if path.parts[-len(parts) :] == parts or bare[-len(parts) :] == parts:
+                return name
+        return None
+
+
+def describe_recording(path: str | Path) -> Described:
+    """One recording, named and captioned by its file name; an AMC file's skeleton lies beside it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is no recording.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no recording at {path}")
+    files = _Files.beside(path)
+    return Described(path.stem, _reader(files, path.name), (TimedCaption(Caption.of(_words_of(path.name)), 0.0, 0.0),))
 
 
 def describe_recordings(path: str | Path) -> list[Described]:
@@ -196,7 +223,7 @@ def describe_recordings(path: str | Path) -> list[Described]:
     """
     if not Path(path).is_dir():
         raise FileNotFoundError(f"no folder of recordings at {path}")
-    files = _Files(Path(path))
+    files = _Files.below(Path(path))
     table = next((name for name in files.readers if name.endswith(".csv") and _rows(files, name)), None)
     found = list(_from_table(files, table) if table else _from_names(files))
     if not found:
@@ -256,9 +283,7 @@ def _reader(files: _Files, name: str) -> Callable[[], Recording | torch.Tensor]:
 def _skeleton_of(files: _Files, name: str) -> tuple[str, str]:
     """Text and name of an AMC file's ASF file: of the same name, of the subject's number, or the only one there."""
     stem, folder = PurePosixPath(name).stem, PurePosixPath(name).parent
-    there = sorted(fnmatch.filter(files.readers, f"{folder}/*.[aA][sS][fF]")) or [
-        n for n in files.readers if n.lower().endswith(".asf") and PurePosixPath(n).parent == folder
-    ]
+    there = [n for n in files.readers if n.lower().endswith(".asf") and PurePosixPath(n).parent == folder]
     for wanted in (stem, stem.split("_")[0]):
         for candidate in there:
             if PurePosixPath(candidate).stem == wanted:

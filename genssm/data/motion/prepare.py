@@ -10,8 +10,9 @@ import torch
 from tqdm import tqdm
 
 from genssm.data.motion.clips import joints_to_clip_features, mirror_joints, placed_joints
+from genssm.data.motion.convert import add_reading_options, load_joint_map
 from genssm.data.motion.folders import Described, describe_recordings
-from genssm.data.motion.recording import JOINT_MAPS, JointMap
+from genssm.data.motion.recording import JointMap
 from genssm.errors import cli
 from genssm.motion import T2M, Skeleton, feature_statistics
 
@@ -104,21 +105,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("source", help="folder of recordings")
     parser.add_argument("out", help="folder to make")
     parser.add_argument("--mirror", action="store_true", help="also write mirror images, with left and right exchanged")
-    parser.add_argument("--up", choices=["y", "z"], default="y", help="vertical axis (default: %(default)s)")
-    parser.add_argument("--fps", type=float, help="frame rate of joints in .npy files (default: 20)")
-    parser.add_argument(
-        "--joint-map",
-        help=f"one of {', '.join(JOINT_MAPS)}, or a JSON file with our joint names as keys and theirs as values "
-        '(a name, or {"name": share, ...}); default: the one that fits',
-    )
+    add_reading_options(parser)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    table = args.joint_map
-    if table is not None and table not in JOINT_MAPS:
-        if not Path(table).is_file():
-            raise FileNotFoundError(f"--joint-map {table} is neither a file nor one of {', '.join(JOINT_MAPS)}")
-        table = json.loads(Path(table).read_text(encoding="utf-8"))
-    count = prepare(args.source, args.out, mirror=args.mirror, joint_map=table, fps=args.fps, up=args.up)
+    count = prepare(
+        args.source, args.out, mirror=args.mirror, joint_map=load_joint_map(args.joint_map), fps=args.fps, up=args.up
+    )
     print(f"{count} clips in {args.out}")
 
 

@@ -81,6 +81,14 @@ def test_jerk_of_a_cubic_is_its_third_derivative() -> None:
     torch.testing.assert_close(d.jerk(joints, torch.tensor([8, 8]))[0], torch.tensor([2.0] * 5 + [0] * 2).double())
 
 
+def test_transitions_are_windows_around_borders() -> None:
+    joints = torch.arange(100.0)[:, None, None].expand(100, 2, 3)
+    windows = d.transitions(joints, [30, 60], 20)
+    assert windows.shape == (2, 20, 2, 3) and windows[:, 0, 0, 0].tolist() == [20, 50]
+    with pytest.raises(ValueError, match="do not fit into a motion of 100 frames"):
+        d.transitions(joints, [95], 20)
+
+
 def test_foot_skating_needs_contact_and_slide() -> None:
     joints = torch.zeros(1, 11, 2, 3)
     joints[0, :, 0, 0] = torch.arange(11) * 0.03  # slides on the floor

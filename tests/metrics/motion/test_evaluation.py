@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from genssm.data.motion import MotionDataset
+from genssm.data.motion import Lengths, MotionDataset
 from genssm.data.motion.words import WordVectors
-from genssm.metrics.motion import Evaluation, Protocol, main, table, time_per_sentence
+from genssm.metrics.motion import Evaluation, Protocol, long_motion, main, table, time_per_sentence
 from genssm.metrics.motion_clips import FileMotions, PipelineMotions, draw_clips
 from genssm.metrics.motion_evaluator import EvaluatorInfo, MotionEvaluator, save_evaluator
 from genssm.motion import T2M, features_to_joints
@@ -22,6 +22,8 @@ QUICK = Protocol(repetitions=2, diversity_pairs=20)
 
 class NoisyTruth:
     """Clips of the data set by caption, with noise: a pipeline in all that the evaluation asks of one."""
+
+    skeleton = T2M
 
     def __init__(self, dataset: MotionDataset, noise: float) -> None:
         self.dataset, self.noise = dataset, noise
@@ -40,6 +42,14 @@ class NoisyTruth:
             noise = torch.randn(length, 263, generator=source) * self.dataset.statistics.std
             made.append(clip.features[:length] + self.noise * noise)
         return SimpleNamespace(motions=made)
+
+    def long(self, prompts, *, seconds, generator, output_type, **call) -> SimpleNamespace:
+        """Segments of equal steps, one after the other, with a jump of 10 cm at each border."""
+        frames = [round(20 * length) for length in seconds]
+        borders = np.cumsum(frames)[:-1].tolist()
+        x = torch.arange(sum(frames)) * 0.01 + sum(0.1 * (torch.arange(sum(frames)) >= border) for border in borders)
+        self.calls.append((tuple(prompts), call))
+        return SimpleNamespace(motions=[x[:, None, None].expand(-1, 22, 3)], borders=[borders])
 
 
 @pytest.fixture
@@ -92,11 +102,10 @@ def test_draws_of_clips(clips_of_motion: MotionDataset) -> None:
 def test_comparability(evaluation: Evaluation) -> None:
     assert "not comparable" in evaluation.comparability() and "'own' is not the published" in evaluation.comparability()
     evaluation.info = EvaluatorInfo("published t2m", True, "glove", "t2m")
-    assert (
-        evaluation.comparability()
-        == "not comparable with published tables: the protocol differs from the published one"
-    )
+    assert "the protocol differs" in evaluation.comparability() and "'own'" not in evaluation.comparability()
     evaluation.protocol, evaluation.diversity_pairs = Protocol(seed=4, multimodality_captions=100), 300
+    assert evaluation.comparability() == "not comparable with published tables: clips are chosen by other lengths"
+    evaluation.dataset = MotionDataset(evaluation.dataset.clips, T2M, evaluation.dataset.statistics, Lengths())
     assert evaluation.comparability() == "published protocol"
 
 
@@ -114,6 +123,21 @@ def test_time_per_sentence(clips_of_motion: MotionDataset) -> None:
     found = time_per_sentence(pipeline, clips, 4, torch.device("cpu"), guidance_scale=2.0)
     assert found["sentences"] == 4 and 0 < found["median_s"] < 1
     assert len(pipeline.calls) == 7 and pipeline.calls[0] == ((clips.captions[0].text,), {"guidance_scale": 2.0})
+
+
+def test_jerk_between_prompts(clips_of_motion: MotionDataset) -> None:
+    pipeline = NoisyTruth(clips_of_motion, 0.0)
+    found = long_motion(pipeline, draw_clips(clips_of_motion, 0, 0), 2, segments=3, guidance_scale=1.5)
+    assert found["transitions"] == 4 and len(pipeline.calls) == 2 and pipeline.calls[0][1] == {"guidance_scale": 1.5}
+    assert found["peak_jerk"] == pytest.approx(3 * 0.2, rel=1e-3)  # the third difference of a step of 0.1: 1, -2, 1
+    assert found["area_under_jerk"] > 0
+
+
+def test_limit(clips_of_motion: MotionDataset, evaluation: Evaluation) -> None:
+    protocol = Protocol(repetitions=1, limit=33)
+    limited = Evaluation(clips_of_motion, evaluation.evaluator, OWN, evaluation.vectors, protocol)
+    assert limited.diversity_pairs == 33
+    assert len(draw_clips(clips_of_motion, 0, 0, limit=33).names) == 33
 
 
 def test_command_line(clips_of_motion: MotionDataset, evaluation: Evaluation, tmp_path: Path, capsys) -> None:
