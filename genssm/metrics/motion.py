@@ -163,8 +163,7 @@ class Evaluation:
         protocol = self.protocol
         count = min(protocol.multimodality_captions, len(clips.captions))
         rows = [i for i in range(count) for _ in range(protocol.multimodality_samples)]
-        several = Clips(*([column[i] for i in rows] for column in (clips.names, clips.captions, clips.features)))
-        made = source.motions(several, derive(protocol.seed, "multimodality", number))
+        made = source.motions(clips.take(rows), derive(protocol.seed, "multimodality", number))
         found = embed_motions(self.evaluator, made, self.dataset.lengths.max_frames, self.device)
         pairs = distances.diversity_indices(
             protocol.multimodality_samples, derive(protocol.seed, "pairs", number), protocol.multimodality_pairs
@@ -204,24 +203,28 @@ class Evaluation:
 
 
 def time_per_sentence(
-    pipeline: Any, clips: Clips, count: int, device: torch.device, seed: int = 0, **call: Any
+    source: PipelineMotions, clips: Clips, count: int, device: torch.device, seed: int = 0
 ) -> dict[str, float]:
     """AITS: seconds per sentence at batch 1, text encoding, sampling and decoding together.
 
     Loading and the recovery of joints are not in it. The first sentences, which compile and allocate, are not counted.
 
+    Args:
+        source: the pipeline and its sampling.
+        clips: whose captions and lengths are used, one after the other.
+        count: sentences that are timed.
+        device: of the pipeline.
+        seed: of the noise.
     Returns:
         Mean, median and number of sentences.
     """
+    single = PipelineMotions(source.pipeline, source.name, 1, **source.call)
     seconds = []
     for number in range(count + 3):
-        i = number % len(clips.captions)
-        generator = torch.Generator().manual_seed(derive(seed, number))
+        one = clips.take([number % len(clips.names)])
         _synchronise(device)
         start = time.perf_counter()
-        pipeline(
-            clips.captions[i].text, num_frames=clips.lengths[i], generator=generator, output_type="features", **call
-        )
+        single.motions(one, derive(seed, number))
         _synchronise(device)
         seconds.append(time.perf_counter() - start)
     counted = torch.tensor(seconds[3:], dtype=torch.float64)
@@ -229,38 +232,40 @@ def time_per_sentence(
 
 
 def long_motion(
-    pipeline: Any, clips: Clips, count: int, segments: int = 4, seed: int = 0, **call: Any
+    source: PipelineMotions, clips: Clips, count: int, segments: int = 4, seed: int = 0
 ) -> dict[str, float]:
     """Jerk where one prompt gives way to the next, over long motions of several captions.
 
     Args:
-        pipeline: with ``long(prompts, seconds=..., generator=..., output_type="joints")``.
-        clips: whose captions and lengths the segments take, in their order.
+        source: the pipeline, with ``long(prompts=[...], seconds=..., generator=...)``, and its sampling.
+        clips: whose captions (or classes) and lengths the segments take, in their order.
         count: long motions.
         segments: captions of each.
         seed: of the first.
-        call: further arguments of ``long``: steps, guidance, length of a transition.
     Returns:
         Peak jerk and area under it in windows of three seconds (Barquero et al. 2024), and how many there were; the
         area only for the skeleton of HumanML3D, where the jerk of real motion is published.
+    Raises:
+        ValueError: the pipeline reads neither texts nor classes.
     """
-    windows, number = [], 0
-    for motion in range(count):
-        rows = [(motion * segments + i) % len(clips.captions) for i in range(segments)]
-        fps = pipeline.skeleton.fps
-        made = pipeline.long(
-            [clips.captions[i].text for i in rows],
-            seconds=[max(clips.lengths[i] / fps, TRANSITION_SECONDS) for i in rows],
-            generator=torch.Generator().manual_seed(derive(seed, motion)),
+    if "num_motions" in source.condition(clips):
+        raise ValueError(f"{source.name} reads neither texts nor classes; there is nothing to change between")
+    skeleton = source.pipeline.skeleton
+    windows = []
+    for number in range(count):
+        parts = clips.take([(number * segments + i) % len(clips.names) for i in range(segments)])
+        made = source.pipeline.long(
+            **source.condition(parts, texts="prompts"),
+            seconds=[max(length / skeleton.fps, TRANSITION_SECONDS) for length in parts.lengths],
+            generator=torch.Generator().manual_seed(derive(seed, number)),
             output_type="joints",
-            **call,
+            **source.call,
         )
-        joints = made.motions[0].float().cpu() * pipeline.skeleton.metres
-        windows.append(distances.transitions(joints, made.borders[0], round(TRANSITION_SECONDS * fps)))
-        number += len(windows[-1])
+        joints = made.motions[0].float().cpu() * skeleton.metres
+        windows.append(distances.transitions(joints, made.borders[0], round(TRANSITION_SECONDS * skeleton.fps)))
     curves = distances.jerk(torch.cat(windows))
-    found = {"peak_jerk": distances.peak_jerk(curves), "transitions": number}
-    if (pipeline.skeleton.name, pipeline.skeleton.fps) == ("t2m", 20):
+    found = {"peak_jerk": distances.peak_jerk(curves), "transitions": len(curves)}
+    if (skeleton.name, skeleton.fps) == ("t2m", 20):
         found["area_under_jerk"] = distances.area_under_jerk(curves)
     return found
 
@@ -336,20 +341,21 @@ def main(arguments: list[str] | None = None) -> None:
         for key in ("num_inference_steps", "guidance_scale")
         if getattr(options, key) is not None
     }
-    pipeline = None
+    source: MotionSource | None = None
     if options.model:
         pipeline, _ = load_pipeline(Path(options.model), device, getattr(torch, options.dtype))
+        source = PipelineMotions(pipeline, options.model, options.batch_size, **call)
+    elif options.samples:
+        source = FileMotions(options.samples, dataset.skeleton)
     report: dict[str, Any] = {"data": options.data, "split": options.split, "clips": len(dataset), "sampling": call}
     if options.evaluator or options.published:
-        report |= _metrics(options, dataset, pipeline, call, device)
+        report |= _metrics(options, dataset, source, device)
     clips = draw_clips(dataset, options.seed, 0)
     if options.long:
-        pipeline.set_progress_bar_config(disable=True)
-        report["long"] = long_motion(pipeline, clips, options.long, seed=options.seed, **call)
+        report["long"] = long_motion(source, clips, options.long, seed=options.seed)
         print("between prompts: " + ", ".join(f"{name} {value:.4g}" for name, value in report["long"].items()))
     if options.aits:
-        pipeline.set_progress_bar_config(disable=True)
-        report["aits"] = time_per_sentence(pipeline, clips, options.aits, device, options.seed, **call)
+        report["aits"] = time_per_sentence(source, clips, options.aits, device, options.seed)
         report["aits"]["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         print("AITS {mean_s:.4f} s (median {median_s:.4f}, {sentences} sentences, {device})".format(**report["aits"]))
     if options.report:
@@ -358,7 +364,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _metrics(
-    options: argparse.Namespace, dataset: MotionDataset, pipeline: Any, call: dict[str, Any], device: torch.device
+    options: argparse.Namespace, dataset: MotionDataset, source: MotionSource | None, device: torch.device
 ) -> dict[str, Any]:
     if options.published:
         evaluator, info = load_published(options.published, dataset.skeleton.name)
@@ -380,11 +386,6 @@ def _metrics(
     )
     evaluation = Evaluation(dataset, evaluator, info, vectors, protocol, device)
     rows = {"real": evaluation.run(None)}
-    source: MotionSource | None = None
-    if pipeline is not None:
-        source = PipelineMotions(pipeline, options.model, options.batch_size, **call)
-    elif options.samples:
-        source = FileMotions(options.samples, dataset.skeleton)
     if source is not None:
         rows[source.name] = evaluation.run(source)
     print(table(rows))

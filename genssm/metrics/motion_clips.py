@@ -26,19 +26,21 @@ class Clips:
         names: of the clips of the data set they belong to.
         captions: one each.
         features: (T_i, dim) each, not normalised.
+        labels: class of each, None where it has none.
     """
 
     names: list[str]
     captions: list[Caption]
     features: list[Tensor]
+    labels: list[str | None]
 
     @property
     def lengths(self) -> list[int]:
         return [len(features) for features in self.features]
 
-    def with_features(self, features: list[Tensor]) -> "Clips":
-        """The same captions with other motions."""
-        return Clips(self.names, self.captions, features)
+    def take(self, rows: Sequence[int]) -> "Clips":
+        """Some of them, in the order of ``rows``, which may repeat."""
+        return Clips(*([column[i] for i in rows] for column in (self.names, self.captions, self.features, self.labels)))
 
 
 def draw_clips(
@@ -60,7 +62,8 @@ def draw_clips(
     numbers = [int(place) % len(dataset) for place in order]
     captions = [dataset.draw(index, key).caption for index, key in zip(numbers, keys)]
     features = [dataset.draw(index, key).features for index, key in zip(numbers, others)]
-    return Clips([dataset.clips[index].name for index in numbers], captions, features)
+    chosen = [dataset.clips[index] for index in numbers]
+    return Clips([clip.name for clip in chosen], captions, features, [clip.label for clip in chosen])
 
 
 class MotionSource(Protocol):
@@ -73,10 +76,11 @@ class MotionSource(Protocol):
 
 
 class PipelineMotions:
-    """Motions of a text-to-motion pipeline, as long as the clips whose captions they follow.
+    """Motions of a text-to-motion pipeline, as long as the clips whose captions, or else whose classes, they follow.
 
     Args:
-        pipeline: called as ``pipeline(prompts, num_frames=..., generator=[...], output_type="features")``.
+        pipeline: called as ``pipeline(prompt=[...], num_frames=[...], generator=[...], output_type="features")``; one
+            without a text encoder with ``class_labels`` in place of ``prompt``, and one without classes with neither.
         name: what reports call it.
         batch_size: motions per call; they do not depend on it.
         call: further arguments of the pipeline: steps, guidance.
@@ -88,17 +92,33 @@ class PipelineMotions:
 
     def motions(self, clips: Clips, seed: int) -> list[Tensor]:
         made: list[Tensor] = []
-        for start in range(0, len(clips.captions), self.batch_size):
-            rows = range(start, min(start + self.batch_size, len(clips.captions)))
+        for start in range(0, len(clips.names), self.batch_size):
+            rows = range(start, min(start + self.batch_size, len(clips.names)))
+            batch = clips.take(rows)
             output = self.pipeline(
-                [clips.captions[i].text for i in rows],
-                num_frames=[clips.lengths[i] for i in rows],
+                **self.condition(batch),
+                num_frames=batch.lengths,
                 generator=[torch.Generator().manual_seed(derive(seed, i)) for i in rows],
                 output_type="features",
                 **self.call,
             )
             made += [motion.float().cpu() for motion in output.motions]
         return made
+
+    def condition(self, clips: Clips, texts: str = "prompt") -> dict[str, Any]:
+        """What the pipeline is told of the clips; ``texts`` is its name for them.
+
+        Raises:
+            ValueError: the pipeline reads classes and a clip has none.
+        """
+        if self.pipeline.text_encoder is not None:
+            return {texts: [caption.text for caption in clips.captions]}
+        if not self.pipeline.config.class_names:
+            return {"num_motions": len(clips.names)}
+        if None in clips.labels:
+            name = clips.names[clips.labels.index(None)]
+            raise ValueError(f"{self.name} makes motions of classes, but test clip {name!r} has no class")
+        return {"class_labels": clips.labels}
 
 
 class FileMotions:

@@ -170,8 +170,7 @@ def _fit_pairs(
     for epoch in bar:
         clips = draw_clips(train, derive(seed, "pairs"), epoch)
         for start in range(0, len(clips.captions) - 1, batch_size):
-            rows = slice(start, start + batch_size)
-            batch = Clips(clips.names[rows], clips.captions[rows], clips.features[rows])
+            batch = clips.take(range(start, min(start + batch_size, len(clips.captions))))
             if len(batch.captions) < 2:
                 continue
             loss = _pair_loss(evaluator, batch, vectors, train.lengths.max_frames, margin, shifts)

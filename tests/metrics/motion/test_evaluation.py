@@ -21,24 +21,31 @@ QUICK = Protocol(repetitions=2, diversity_pairs=20)
 
 
 class NoisyTruth:
-    """Clips of the data set by caption, with noise: a pipeline in all that the evaluation asks of one."""
+    """Clips of the data set by caption or class, with noise: a pipeline in all that the evaluation asks of one."""
 
     skeleton = T2M
 
-    def __init__(self, dataset: MotionDataset, noise: float) -> None:
+    def __init__(self, dataset: MotionDataset, noise: float, reads: str = "text") -> None:
         self.dataset, self.noise = dataset, noise
+        self.text_encoder = object() if reads == "text" else None
+        self.config = SimpleNamespace(class_names=["walk"] if reads == "classes" else None)
         self.calls: list[tuple] = []
 
     def set_progress_bar_config(self, **options: bool) -> None:
         pass
 
-    def __call__(self, prompt, *, num_frames, generator, output_type, **call) -> SimpleNamespace:
-        single = isinstance(prompt, str)
-        texts, lengths, sources = ([prompt], [num_frames], [generator]) if single else (prompt, num_frames, generator)
-        self.calls.append((tuple(texts), call))
+    def __call__(
+        self, prompt=None, *, class_labels=None, num_motions=None, num_frames, generator, output_type, **call
+    ) -> SimpleNamespace:
+        wanted = prompt or class_labels or [None] * num_motions
+        self.calls.append((tuple(wanted), call))
         made = []
-        for text, length, source in zip(texts, lengths, sources):
-            clip = next(c for c in self.dataset.clips if c.captions[0].text == text and len(c.features) >= length)
+        for told, length, source in zip(wanted, num_frames, generator):
+            clip = next(
+                c
+                for c in self.dataset.clips
+                if len(c.features) >= length and told in (c.captions[0].text, c.label, None)
+            )
             noise = torch.randn(length, 263, generator=source) * self.dataset.statistics.std
             made.append(clip.features[:length] + self.noise * noise)
         return SimpleNamespace(motions=made)
@@ -117,20 +124,39 @@ def test_too_few_clips_are_refused(evaluation: Evaluation) -> None:
     assert Evaluation(few, *arguments, Protocol(windows=4)).diversity_pairs == 32
 
 
-def test_time_per_sentence(clips_of_motion: MotionDataset) -> None:
-    pipeline = NoisyTruth(clips_of_motion, 0.0)
+@pytest.mark.parametrize("reads", ["text", "classes", "nothing"])
+def test_what_a_pipeline_is_told(clips_of_motion: MotionDataset, reads: str) -> None:
+    source = PipelineMotions(NoisyTruth(clips_of_motion, 0.0, reads), "made", batch_size=36)
     clips = draw_clips(clips_of_motion, 0, 0)
-    found = time_per_sentence(pipeline, clips, 4, torch.device("cpu"), guidance_scale=2.0)
+    made = source.motions(clips, 0)
+    told = {"text": [c.text for c in clips.captions], "classes": clips.labels, "nothing": [None] * 36}[reads]
+    assert source.pipeline.calls[0][0] == tuple(told) and [len(motion) for motion in made] == clips.lengths
+    if reads == "classes":
+        clips.labels[4] = None
+        with pytest.raises(ValueError, match=f"{clips.names[4]!r} has no class"):
+            source.motions(clips, 0)
+
+
+def test_time_per_sentence(clips_of_motion: MotionDataset) -> None:
+    source = PipelineMotions(NoisyTruth(clips_of_motion, 0.0), "made", guidance_scale=2.0)
+    clips = draw_clips(clips_of_motion, 0, 0)
+    found = time_per_sentence(source, clips, 4, torch.device("cpu"))
     assert found["sentences"] == 4 and 0 < found["median_s"] < 1
-    assert len(pipeline.calls) == 7 and pipeline.calls[0] == ((clips.captions[0].text,), {"guidance_scale": 2.0})
+    assert len(source.pipeline.calls) == 7
+    assert source.pipeline.calls[0] == ((clips.captions[0].text,), {"guidance_scale": 2.0})
 
 
 def test_jerk_between_prompts(clips_of_motion: MotionDataset) -> None:
-    pipeline = NoisyTruth(clips_of_motion, 0.0)
-    found = long_motion(pipeline, draw_clips(clips_of_motion, 0, 0), 2, segments=3, guidance_scale=1.5)
-    assert found["transitions"] == 4 and len(pipeline.calls) == 2 and pipeline.calls[0][1] == {"guidance_scale": 1.5}
+    source = PipelineMotions(NoisyTruth(clips_of_motion, 0.0), "made", guidance_scale=1.5)
+    found = long_motion(source, draw_clips(clips_of_motion, 0, 0), 2, segments=3)
+    assert found["transitions"] == 4 and len(source.pipeline.calls) == 2
+    assert source.pipeline.calls[0][1] == {"guidance_scale": 1.5}
     assert found["peak_jerk"] == pytest.approx(3 * 0.2, rel=1e-3)  # the third difference of a step of 0.1: 1, -2, 1
     assert found["area_under_jerk"] > 0
+    with pytest.raises(ValueError, match="neither texts nor classes"):
+        long_motion(
+            PipelineMotions(NoisyTruth(clips_of_motion, 0.0, "nothing"), "x"), draw_clips(clips_of_motion, 0, 0), 1
+        )
 
 
 def test_limit(clips_of_motion: MotionDataset, evaluation: Evaluation) -> None:
