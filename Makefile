@@ -1,7 +1,8 @@
 # make demo   set up and run the main job: train, sample, evaluate on real handwritten digits (no GPU needed)
 # make test   set up, lint, and run the test suite
+# make bench  time the operators and the whole models on this machine
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format clean
+.PHONY: demo test bench lint format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -48,6 +49,11 @@ format: $(VENV)/.dev
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m genssm.kernels.selective_scan.benchmark
+	$(BIN)/python -m genssm.kernels.causal_conv1d.benchmark
+	$(BIN)/python -m benchmarks.models
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache *.egg-info

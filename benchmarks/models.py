@@ -1,0 +1,209 @@
+"""Time and memory of whole denoisers beside a diffusion transformer of the same width, depth and patch, in one run.
+
+    python -m benchmarks.models                     the sizes of the papers on a GPU, small versions on a CPU
+    python -m benchmarks.models --models zigma:B/2 dim:L-256 --pixels 256 512 1024 --compile
+
+Inputs are latents of images (8 pixels to a latent). A batch holds ``--tokens`` tokens, so that every row works through
+the same number. The transformer is diffusers' DiTTransformer2DModel (scaled-dot-product attention). Weights stay
+float32; ``--dtype`` is the autocast type, as in training. A ratio above 1 means faster than the transformer.
+"""
+
+import argparse
+import csv
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiTTransformer2DModel
+
+from genssm.errors import cli
+from genssm.kernels.benchmarking import hardware, milliseconds, peak_memory
+from genssm.models import DIM_PRESETS, DIMSUM_PRESETS, MODELS, ZIGMA_PRESETS
+
+PRESETS = {"dim": DIM_PRESETS, "dimsum": DIMSUM_PRESETS, "zigma": ZIGMA_PRESETS}
+GPU = {"width": None, "layers": None, "pixels": [256, 512], "tokens": 8192, "dtype": "bfloat16"}
+CPU = {"width": 128, "layers": 5, "pixels": [128, 256], "tokens": 1024, "dtype": "float32"}
+CHANNELS, CLASSES, PIXELS_PER_LATENT = 4, 1000, 8
+TYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HEAD = ("pixels", "batch x tokens", "model", "parameters", "forward ms", "fwd+bwd ms", "x fwd", "x both",
+        "forward MiB", "training MiB")  # fmt: skip
+
+
+@dataclass
+class Row:
+    """One measured model at one size; times in milliseconds, memory in MiB beyond weights and inputs."""
+
+    pixels: int
+    batch: int
+    tokens: int
+    name: str
+    parameters: int
+    forward: float
+    both: float
+    forward_memory: float | None
+    both_memory: float | None
+
+
+@dataclass(frozen=True)
+class Size:
+    """What two models are compared at."""
+
+    width: int
+    layers: int
+    patch: int
+    side: int  # of the latents
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["zigma:B/2", "dimsum:L/2", "dim:L-256"], metavar="NAME:PRESET",
+                        help="default: zigma:B/2 dimsum:L/2 dim:L-256")  # fmt: skip
+    parser.add_argument("--pixels", nargs="+", type=int, help="sides of images (default: 256 512; CPU: 128 256)")
+    parser.add_argument("--tokens", type=int, help="tokens in a batch (default: 8192; CPU: 1024)")
+    parser.add_argument("--width", type=int, help="hidden_size (default: the presets'; CPU: 128)")
+    parser.add_argument("--layers", type=int, help="num_layers (default: the presets'; CPU: 5)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=TYPES, help="autocast type (default: bfloat16; CPU: float32)")
+    parser.add_argument("--compile", action="store_true", help="also with the repeated blocks compiled")
+    parser.add_argument("--csv", type=Path, help="also write the table to this file")
+    args = parser.parse_args(arguments)
+    for name, value in (CPU if torch.device(args.device).type == "cpu" else GPU).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def build(name: str, size: Size | None, args: argparse.Namespace, side: int) -> tuple[torch.nn.Module, Size]:
+    """A denoiser with classes for latents of ``side``, and its size; NAME:PRESET, or "dit" with the size of another."""
+    if name == "dit":
+        head = next(h for h in (64, 72, 32, 16, 8, 4, 2, 1) if size.width % h == 0)
+        model = DiTTransformer2DModel(
+            num_attention_heads=size.width // head, attention_head_dim=head, in_channels=CHANNELS,
+            num_layers=size.layers, sample_size=side, patch_size=size.patch, num_embeds_ada_norm=CLASSES,
+        )  # fmt: skip
+        return model, size
+    model_name, _, preset = name.partition(":")
+    if model_name not in PRESETS:
+        raise ValueError(f"unknown model {model_name!r}; expected one of {', '.join(PRESETS)}")
+    if preset not in PRESETS[model_name]:
+        raise ValueError(f"{model_name} has no preset {preset!r}; it has {', '.join(PRESETS[model_name])}")
+    arguments = {**PRESETS[model_name][preset], "sample_size": side, "in_channels": CHANNELS, "num_classes": CLASSES}
+    given = {"hidden_size": args.width, "num_layers": args.layers}
+    arguments |= {key: value for key, value in given.items() if value is not None}
+    model = MODELS[model_name](**arguments)
+    config = model.config
+    return model, Size(config.hidden_size, config.num_layers, config.patch_size, side)
+
+
+def measure(model: torch.nn.Module, batch: int, side: int, device: torch.device, dtype: torch.dtype | None) -> dict:
+    """Times and peak memory of a forward pass, and of one with its backward pass."""
+    model = model.to(device).train()
+    inputs = torch.randn(batch, CHANNELS, side, side, device=device)
+    times = torch.linspace(0, 999, batch, device=device).long()
+    labels = torch.arange(batch, device=device) % CLASSES
+
+    def run() -> torch.Tensor:
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+            return model(inputs, timestep=times, class_labels=labels, return_dict=False)[0]
+
+    def forward() -> None:
+        with torch.no_grad():
+            run()
+
+    def both() -> None:
+        model.zero_grad(set_to_none=True)
+        run().float().square().mean().backward()
+
+    def figure(of: Callable[..., float | None], call: Callable[[], None]) -> float | None:
+        call()  # kernels are built and optimised code is made before anything counts
+        return of(call, device)
+
+    return {
+        "forward": figure(milliseconds, forward),
+        "both": figure(milliseconds, both),
+        "forward_memory": figure(peak_memory, forward),
+        "both_memory": figure(peak_memory, both),
+    }
+
+
+def rows(args: argparse.Namespace) -> Iterator[Row]:
+    """Every model at every size, each followed by the transformer of its size, eager and compiled."""
+    device = torch.device(args.device)
+    dtype = TYPES[args.dtype]
+    for pixels in args.pixels:
+        side = pixels // PIXELS_PER_LATENT
+        for name in args.models:
+            size = None
+            for which in (name, "dit"):
+                for compiled in (False, True) if args.compile else (False,):
+                    torch.manual_seed(0)
+                    model, size = build(which, size, args, side)
+                    tokens = (side // size.patch) ** 2
+                    batch = max(args.tokens // tokens, 1)
+                    if compiled:
+                        _compile(model)
+                    parameters = sum(p.numel() for p in model.parameters())
+                    label = f"{which if which != 'dit' else f'dit as {name}'}{', compiled' if compiled else ''}"
+                    yield Row(
+                        pixels, batch, tokens, label, parameters, **measure(model, batch, side, device, dtype)
+                    )  # fmt: skip
+                    del model
+                    gc.collect()
+
+
+def _compile(model: torch.nn.Module) -> None:
+    """Compile each repeated block; diffusers' DiT names none."""
+    if getattr(model, "_repeated_blocks", None):
+        model.compile_repeated_blocks(fullgraph=True)
+    else:
+        for block in model.transformer_blocks:
+            block.compile(fullgraph=True)
+
+
+def lines(found: list[Row]) -> list[tuple[str, ...]]:
+    """Cells of the table; ratios to the eager transformer of the same size."""
+    table, base = [], {}
+    for row in found:
+        if row.name.startswith("dit as ") and not row.name.endswith(", compiled"):
+            base[row.pixels, row.name.removeprefix("dit as ")] = row
+    for row in found:
+        other = base[row.pixels, row.name.removeprefix("dit as ").removesuffix(", compiled")]
+        memory = ("" if m is None else f"{m:,.0f}" for m in (row.forward_memory, row.both_memory))
+        table.append(
+            (
+                str(row.pixels), f"{row.batch} x {row.tokens}", row.name, f"{row.parameters / 1e6:.1f} M",
+                f"{row.forward:.1f}", f"{row.both:.1f}", f"{other.forward / row.forward:.2f}",
+                f"{other.both / row.both:.2f}", *memory,
+            )
+        )  # fmt: skip
+    return table
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    sizes = [side for side in args.pixels if side < PIXELS_PER_LATENT or side % PIXELS_PER_LATENT]
+    if sizes:
+        raise ValueError(f"--pixels {sizes[0]} is not a multiple of {PIXELS_PER_LATENT}, the pixels of a latent")
+    for name in args.models:  # mistakes are found before the first model is timed
+        with torch.device("meta"):
+            build(name, None, args, args.pixels[0] // PIXELS_PER_LATENT)
+    print(hardware(torch.device(args.device), torch.get_num_threads()))
+    found = []
+    for row in rows(args):
+        found.append(row)
+        print(f"{row.pixels}  {row.name}: {row.forward:.1f} ms forward, {row.both:.1f} ms with backward", flush=True)
+    table = lines(found)
+    widths = [max(len(line[i]) for line in (HEAD, *table)) for i in range(len(HEAD))]
+    print()
+    for line in (HEAD, tuple("-" * width for width in widths), *table):
+        print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |")
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            csv.writer(file).writerows((HEAD, *table))
+
+
+if __name__ == "__main__":
+    cli(main)

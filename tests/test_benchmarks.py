@@ -1,0 +1,39 @@
+"""benchmarks/models.py: every model beside a transformer of its size, and mistakes said before anything is timed."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from benchmarks import models
+from genssm.kernels import benchmarking
+
+SMALL = ["--device", "cpu", "--width", "32", "--layers", "3", "--tokens", "16"]
+
+
+def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarking, "_SECONDS", 0.0)
+    names = ["zigma:B/2", "dim:L-256"]
+    models.main([*SMALL, "--models", *names, "--pixels", "64", "128", "--csv", str(tmp_path / "table.csv")])
+    table = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert [(row["pixels"], row["model"]) for row in table] == [
+        (pixels, row) for pixels in ("64", "128") for name in names for row in (name, f"dit as {name}")
+    ]
+    assert [row["batch x tokens"] for row in table[::4]] == ["1 x 16", "1 x 64"]
+    for row in table:
+        assert 0 < float(row["forward ms"]) < float(row["fwd+bwd ms"])
+        if row["model"].startswith("dit"):
+            assert row["x fwd"] == row["x both"] == "1.00"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--models", "zigme:B/2"], "expected one of dim, dimsum, zigma"),
+        (["--models", "zigma:B/3"], "no preset 'B/3'; it has S/1"),
+        (["--pixels", "100"], "multiple of 8"),
+    ],
+)
+def test_mistakes(options: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        models.main([*SMALL, *options])
