@@ -16,7 +16,6 @@ from genssm.data.motion import Lengths, MotionDataset, build_motion_dataset
 from genssm.data.motion.words import WordVectors
 from genssm.errors import cli
 from genssm.metrics import motion_distances as distances
-from genssm.metrics.fid import load_pipeline
 from genssm.metrics.frechet import frechet_distance_from_features
 from genssm.metrics.motion_clips import (
     Clips,
@@ -343,7 +342,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     source: MotionSource | None = None
     if options.model:
-        pipeline, _ = load_pipeline(Path(options.model), device, getattr(torch, options.dtype))
+        pipeline = load_pipeline(Path(options.model), device, getattr(torch, options.dtype))
         source = PipelineMotions(pipeline, options.model, options.batch_size, **call)
     elif options.samples:
         source = FileMotions(options.samples, dataset.skeleton)
@@ -361,6 +360,24 @@ def main(arguments: list[str] | None = None) -> None:
     if options.report:
         options.report.parent.mkdir(parents=True, exist_ok=True)
         options.report.write_text(json.dumps(report, indent=2), encoding="utf-8")
+
+
+def load_pipeline(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The pipeline of a folder or of a run's newest complete checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it does not make motion.
+    """
+    from diffusers import DiffusionPipeline
+
+    import genssm.pipelines  # noqa: F401 - makes our classes known to diffusers
+    from genssm.training.checkpoint import resolve_pipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(str(resolve_pipeline(path)), dtype=dtype).to(device)
+    if not hasattr(pipeline, "skeleton"):
+        raise ValueError(f"{path} is a {type(pipeline).__name__}, which makes no motion")
+    return pipeline
 
 
 def _metrics(
