@@ -84,8 +84,11 @@ def canonical_joints(joints: Tensor, skeleton: Skeleton) -> Tensor:
     return turn_to_face_z(joints - shift[..., None, None, :], skeleton)
 
 
-def feature_parts(joints: Tensor, skeleton: Skeleton) -> FeatureParts:
-    """The parts of the features of canonical joints (..., T, J, 3), at least two frames."""
+def feature_parts(joints: Tensor, skeleton: Skeleton, *, shortest_turn: bool = False) -> FeatureParts:
+    """The parts of the features of canonical joints (..., T, J, 3), at least two frames.
+
+    See :func:`joints_to_features` for ``shortest_turn``.
+    """
     if joints.shape[-3] < 2:
         raise ValueError(
             f"a clip has {joints.shape[-3]} frame(s); features are made of differences and need 2 at least"
@@ -95,6 +98,8 @@ def feature_parts(joints: Tensor, skeleton: Skeleton) -> FeatureParts:
     step = joints[..., 1:, :, :] - joints[..., :-1, :, :]  # (..., T - 1, J, 3)
     feet = step[..., [*skeleton.left_foot, *skeleton.right_foot], :]
     turn = multiply(root[..., 1:, :], inverse(root[..., :-1, :]))
+    if shortest_turn:
+        turn = torch.where(turn[..., :1] < 0, -turn, turn)
     ground = joints[..., :1, :] * joints.new_tensor([1.0, 0.0, 1.0])
     return FeatureParts(
         rotations=rotations,
@@ -106,20 +111,25 @@ def feature_parts(joints: Tensor, skeleton: Skeleton) -> FeatureParts:
     )
 
 
-def joints_to_features(joints: Tensor, skeleton: Skeleton, offsets: Tensor | None = None) -> Tensor:
+def joints_to_features(
+    joints: Tensor, skeleton: Skeleton, offsets: Tensor | None = None, *, shortest_turn: bool = False
+) -> Tensor:
     """Features of clips of equal length.
 
     Args:
         joints: (..., T, J, 3), +Y up, in the skeleton's unit and frame rate.
         skeleton: of the joints.
         offsets: bones of the target body at rest, (J, 3); None takes ``skeleton.offsets()``.
+        shortest_turn: False makes features exactly as the published ones were made. Where the heading passes -Z, two
+            neighbouring quaternions have opposite signs and their yaw increment comes out with the wrong sign, so that
+            joints recovered from the features bend off there. True takes the short way round and has no such frame.
     Returns:
         (..., T - 1, 12 J - 1): the last frame only ends the last difference.
     Raises:
         ValueError: shapes, fewer than two frames, values that are not finite, or a bone without length.
     """
     uniform = uniform_skeleton(joints, skeleton, offsets)
-    return feature_parts(canonical_joints(uniform, skeleton), skeleton).join()
+    return feature_parts(canonical_joints(uniform, skeleton), skeleton, shortest_turn=shortest_turn).join()
 
 
 def recover_root(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,6 +92,22 @@ def test_root_turns_by_twice_the_feature() -> None:
     torch.testing.assert_close(path[1], forward[1], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("direction", [1, -1])
+def test_turning_past_minus_z(direction: int) -> None:
+    """There the published features have one increment of the wrong sign."""
+    clip = made_clip(240)
+    half = direction * torch.linspace(0, 0.8 * torch.pi, 240, dtype=torch.float64)
+    none = torch.zeros_like(half)
+    turning = rotate(torch.stack([half.cos(), none, half.sin(), none], -1)[:, None], clip)
+    placed = canonical_joints(uniform_skeleton(turning, T2M), T2M)
+    right, published = (joints_to_features(turning, T2M, shortest_turn=short) for short in (True, False))
+    torch.testing.assert_close(features_to_joints(right), placed[:-1], atol=1e-6, rtol=0)
+    assert (features_to_joints(published) - placed[:-1]).abs().max() > 0.05
+    different = (right - published).abs().amax(-1).nonzero().flatten()
+    assert len(different) == 1
+    torch.testing.assert_close(right[different, 0], -published[different, 0])
+
+
 def test_contacts_are_of_feet_at_rest(clip: torch.Tensor) -> None:
     held = clip.clone()
     held[20:30] = clip[20]

@@ -114,8 +114,8 @@ def cut_clips(name: str, features: torch.Tensor, captions: Iterable[TimedCaption
 
 
 def joints_to_clip_features(joints: torch.Tensor, skeleton: Skeleton) -> torch.Tensor:
-    """Features (T - 1, dim) of a recording's joints (T, J, 3), worked out in float64."""
-    return joints_to_features(joints.double(), skeleton).float()
+    """Features (T - 1, dim) of a recording's joints (T, J, 3), worked out in float64, turns taken the short way."""
+    return joints_to_features(joints.double(), skeleton, shortest_turn=True).float()
 
 
 def placed_joints(joints: torch.Tensor, skeleton: Skeleton) -> torch.Tensor:

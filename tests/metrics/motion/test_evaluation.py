@@ -10,10 +10,13 @@ import torch
 
 from genssm.data.motion import Lengths, MotionDataset
 from genssm.data.motion.words import WordVectors
-from genssm.metrics.motion import Evaluation, Protocol, long_motion, main, table, time_per_sentence
+from genssm.metrics.motion import Evaluation, Protocol, load_pipeline, long_motion, main, table, time_per_sentence
 from genssm.metrics.motion_clips import FileMotions, PipelineMotions, draw_clips
 from genssm.metrics.motion_evaluator import EvaluatorInfo, MotionEvaluator, save_evaluator
+from genssm.models import ZigMa
 from genssm.motion import T2M, features_to_joints
+from genssm.pipelines import ClassConditionalImagePipeline
+from genssm.schedulers import FlowODEScheduler
 from tests.metrics.motion.conftest import SMALL, make_dataset
 
 OWN = EvaluatorInfo("own", False, "hashed", "made")
@@ -203,3 +206,10 @@ def test_files_that_do_not_fit(clips_of_motion: MotionDataset, tmp_path: Path) -
     np.save(tmp_path / f"{clips.names[0]}.npy", np.full((20, 263), np.nan))
     with pytest.raises(ValueError, match="not finite"):
         FileMotions(tmp_path, T2M).motions(clips, 0)
+
+
+def test_a_pipeline_of_images_is_refused(clips_of_motion: MotionDataset, tmp_path: Path) -> None:
+    model = ZigMa(sample_size=4, in_channels=1, hidden_size=32, num_layers=1, patch_size=2)
+    ClassConditionalImagePipeline(model, FlowODEScheduler()).save_pretrained(tmp_path / "images")
+    with pytest.raises(ValueError, match="ClassConditionalImagePipeline, which makes no motion"):
+        load_pipeline(tmp_path / "images", torch.device("cpu"), torch.float32)
