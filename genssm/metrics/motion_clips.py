@@ -11,6 +11,7 @@ import torch
 from genssm.data.motion import MotionDataset
 from genssm.data.motion.clips import Caption, joints_to_clip_features
 from genssm.data.motion.words import WordVectors
+from genssm.metrics.features import exact_convolutions
 from genssm.metrics.motion_evaluator import UNIT_LENGTH, MotionEvaluator
 from genssm.motion import Skeleton
 from genssm.training.seeding import derive, hash_integers, permutation
@@ -162,7 +163,9 @@ def embed_motions(
         batch = torch.zeros(len(rows), max_frames, evaluator.sizes.feature_dim)
         for i, row in enumerate(rows):
             batch[i, : len(row)] = row
-        found.append(evaluator.embed_motions(batch.to(device), torch.tensor([len(row) for row in rows])).cpu())
+        lengths = torch.tensor([len(row) for row in rows])
+        with exact_convolutions():
+            found.append(evaluator.embed_motions(batch.to(device), lengths).cpu())
     return torch.cat(found)
 
 
@@ -172,10 +175,10 @@ def embed_captions(
 ) -> Tensor:
     """Embeddings (n, d) on the CPU of captions."""
     words, classes, lengths = stack_captions(captions, vectors)
-    found = [
-        evaluator.embed_texts(*(part.to(device) for part in rows[:2]), rows[2]).cpu()
-        for rows in zip(words.split(64), classes.split(64), lengths.split(64))
-    ]
+    found = []
+    for rows in zip(words.split(64), classes.split(64), lengths.split(64)):
+        with exact_convolutions():
+            found.append(evaluator.embed_texts(rows[0].to(device), rows[1].to(device), rows[2]).cpu())
     return torch.cat(found)
 
 

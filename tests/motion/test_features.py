@@ -25,7 +25,8 @@ PATHS = ["positions", "rotations"]
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_joints_come_back(clip: torch.Tensor, path: str) -> None:
+def test_joints_come_back(clip: torch.Tensor, path: str, device: torch.device) -> None:
+    clip = clip.to(device)
     placed = canonical_joints(uniform_skeleton(clip, T2M), T2M)
     features = joints_to_features(clip, T2M)
     assert features.shape == (59, 263)

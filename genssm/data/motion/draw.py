@@ -4,6 +4,8 @@ Each panel looks down on a piece of floor that moves along with the body; its li
 still, and the root's path is drawn on it. T frames, J joints, lengths in metres after scaling.
 """
 
+import contextlib
+import itertools
 import math
 import shutil
 import subprocess
@@ -158,11 +160,13 @@ def _write_mp4(path: Path, frames: Iterator[Image.Image], fps: float) -> None:
     width, height = (side - side % 2 for side in first.size)  # the usual pixel format has even sides
     command = [program, "-loglevel", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
     command += ["-r", f"{fps:g}", "-i", "-", "-an", "-pix_fmt", "yuv420p", "-movflags", "+faststart", str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
-        for frame in (first, *frames):
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    with contextlib.suppress(BrokenPipeError):  # ffmpeg gave up; its code says so
+        for frame in itertools.chain([first], frames):
             process.stdin.write(frame.crop((0, 0, width, height)).tobytes())
+    with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
-    if process.returncode:
+    if process.wait():
         raise ValueError(f"ffmpeg could not write {path}; its message is above")
 
 

@@ -81,6 +81,18 @@ def test_mp4(joints: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     if shutil.which("ffmpeg"):
         write_animation(tmp_path / "a.mp4", [joints[:5]], T2M)
         assert (tmp_path / "a.mp4").stat().st_size > 1000
+    program = tmp_path / "bin" / "ffmpeg"  # one that keeps the raw frames that it is given
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\nfor last; do :; done\nexec cat > "$last"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    write_animation(tmp_path / "raw.mp4", [joints[:5]], T2M, view=View(size=65))
+    raw = np.frombuffer((tmp_path / "raw.mp4").read_bytes(), np.uint8).reshape(5, 64, 64, 3)
+    expected = next(animation_frames([joints[:5]], T2M, view=View(size=65)))
+    np.testing.assert_array_equal(raw[0], np.asarray(expected)[:64, :64])
+    program.write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(ValueError, match="could not write"):
+        write_animation(tmp_path / "c.mp4", [joints], T2M)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="ffmpeg"):
         write_animation(tmp_path / "b.mp4", [joints[:5]], T2M)

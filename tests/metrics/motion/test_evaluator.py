@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from genssm.data.motion.clips import Caption
 from genssm.data.motion.words import WordVectors
 from genssm.metrics.motion_clips import draw_clips, embed_captions, embed_motions
 from genssm.metrics.motion_distances import pair_distances
@@ -51,6 +52,17 @@ def test_padding_and_batch_do_not_matter(evaluator: MotionEvaluator) -> None:
     torch.testing.assert_close(
         evaluator.embed_texts(words[0, [2, 0]], classes[[2, 0]], torch.tensor([9, 5])), texts[[2, 0]]
     )
+
+
+def test_embeddings_do_not_depend_on_the_device(evaluator: MotionEvaluator, device: torch.device) -> None:
+    motions = [torch.randn(frames, 263) for frames in (24, 40, 36)]
+    captions = [Caption.of("a person walks"), Caption.of("someone jumps")]
+    vectors, cpu = WordVectors.hashed(20), torch.device("cpu")
+    expected = embed_motions(evaluator, motions, 48, cpu), embed_captions(evaluator, captions, vectors, cpu)
+    moved = evaluator.to(device)
+    found = embed_motions(moved, motions, 48, device, batch_size=2), embed_captions(moved, captions, vectors, device)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_what_is_refused(evaluator: MotionEvaluator) -> None:
