@@ -26,11 +26,12 @@ FLOORS = [
     {"train", "sample"},
     {"genssm.convert", "genssm.env"},
     {"genssm.tasks"},
-    {"genssm.metrics.fid", "genssm.metrics.pairs"},  # draw their samples through a pipeline
+    # These draw their samples through a pipeline.
+    {"genssm.metrics.fid", "genssm.metrics.motion", "genssm.metrics.pairs"},
     {"genssm.pipelines"},
     {"genssm.training", "genssm.data", "genssm.metrics", "genssm.text"},
     {"genssm.models"},
-    {"genssm.layers", "genssm.schedulers", "genssm.single_step_solver", "genssm.solvers"},
+    {"genssm.layers", "genssm.motion", "genssm.schedulers", "genssm.single_step_solver", "genssm.solvers"},
     {
         "genssm.scan_orders",
         "genssm.config",
