@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
 from safetensors.torch import load_file
 
 from genssm.errors import cli
@@ -27,6 +27,19 @@ from genssm.models.dimsum_published import (
     DIMSUM_DEAD_KEYS,
     convert_dimsum_state_dict,
     dimsum_config_from_published,
+)
+from genssm.models.mld import MLD, MLD_DEAD_KEYS, MLD_PRESETS, convert_mld_state_dict, mld_config_from_published
+from genssm.models.motion_mamba import (
+    MOTION_MAMBA_PRESETS,
+    MotionMamba,
+    convert_motion_mamba_state_dict,
+    motion_mamba_config_from_published,
+)
+from genssm.models.motion_vae import (
+    MOTION_VAE_PRESETS,
+    MotionVAE,
+    convert_motion_vae_state_dict,
+    motion_vae_config_from_published,
 )
 from genssm.models.zigma import ZIGMA_PRESETS, ZigMa, convert_zigma_state_dict, zigma_config_from_published
 from genssm.schedulers import FlowODEScheduler
@@ -44,20 +57,28 @@ class Published:
         presets: constructor arguments by name.
         config: (published weights, arguments known from elsewhere) -> constructor arguments that the weights show.
         weights: published weights -> ours, under our names; differentiable.
-        scheduler: makes the scheduler that the weights were trained for.
+        scheduler: makes the scheduler that the weights were trained for; None for a part that samples nothing.
         origin: where such weights come from and under which terms, for the model card.
         dead: pattern of our names of weights that the released code stores but never uses; where our model does not
             have them they are reported and left out.
+        component: what the model is in a pipeline, the name of its folder.
     """
 
     model: type[ModelMixin]
     presets: Mapping[str, Mapping[str, Any]]
     config: Callable[[Mapping[str, torch.Tensor], Mapping[str, Any]], dict[str, Any]]
     weights: Callable[[Mapping[str, torch.Tensor]], Weights]
-    scheduler: Callable[[], SchedulerMixin]
+    scheduler: Callable[[], SchedulerMixin] | None
     origin: str
     dead: str | None = None
+    component: str = "denoiser"
 
+
+# MLD's sampler: 50 steps at 981, 961, ..., 1.
+_motion_scheduler = partial(
+    DDIMScheduler, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+    clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+)  # fmt: skip
 
 PUBLISHED = {
     "dim": Published(
@@ -78,6 +99,32 @@ PUBLISHED = {
         scheduler=partial(FlowODEScheduler, path="gvp", solver="heun"),
         origin="DiMSUM (arXiv:2411.04168), weights and code by VinAI Research",
         dead=DIMSUM_DEAD_KEYS,
+    ),
+    "mld": Published(
+        model=MLD,
+        presets=MLD_PRESETS,
+        config=mld_config_from_published,
+        weights=convert_mld_state_dict,
+        scheduler=_motion_scheduler,
+        origin="MLD (arXiv:2212.04048), weights and code by Xin Chen et al., MIT",
+        dead=MLD_DEAD_KEYS,
+    ),
+    "motion_mamba": Published(
+        model=MotionMamba,
+        presets=MOTION_MAMBA_PRESETS,
+        config=motion_mamba_config_from_published,
+        weights=convert_motion_mamba_state_dict,
+        scheduler=_motion_scheduler,
+        origin="weights of Motion Mamba (arXiv:2403.07487) under names that go on with MLD's",
+    ),
+    "motion_vae": Published(
+        model=MotionVAE,
+        presets=MOTION_VAE_PRESETS,
+        config=motion_vae_config_from_published,
+        weights=convert_motion_vae_state_dict,
+        scheduler=None,
+        component="vae",
+        origin="the motion VAE of MLD (arXiv:2212.04048), weights and code by Xin Chen et al., MIT",
     ),
     "zigma": Published(
         model=ZigMa,
@@ -248,21 +295,29 @@ def load_published(
 
 
 def write_pipeline(
-    name: str, model: ModelMixin, out: str | Path, vae: str | Path | None = None, text_encoder: str | None = None
+    name: str,
+    model: ModelMixin,
+    out: str | Path,
+    vae: str | Path | None = None,
+    text_encoder: str | None = None,
+    statistics: str | Path | None = None,
 ) -> None:
     """Write a diffusers folder in one step: it appears complete under its name, or not at all.
 
     Class-conditional and unconditional image models become a :class:`ClassConditionalImagePipeline`, models that read
     text a :class:`TextToImagePipeline` and models of video a :class:`VideoPipeline`; these two read padding tokens too,
-    as the released code does.
+    as the released code does. Denoisers of motion become a :class:`TextToMotionPipeline` with the statistics of their
+    features, which no checkpoint holds; without these, and from a motion VAE, parts of one are written: the folders
+    ``denoiser/`` and ``scheduler/``, or ``vae/``.
 
     Args:
         name: key of :data:`PUBLISHED`.
         model: the denoiser.
         out: folder to write; must not exist.
-        vae: folder of a diffusers VAE to put in.
+        vae: folder of a diffusers VAE to put in; for latents of motion, of a converted motion VAE.
         text_encoder: text encoder to put in, see :func:`genssm.text.load_frozen_encoder`; without one, calls give
             embeddings.
+        statistics: of motion: the data set's folder, with Mean.npy and Std.npy.
 
     Raises:
         FileExistsError: ``out`` exists.
@@ -274,7 +329,7 @@ def write_pipeline(
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        _save(PUBLISHED[name], model, partial, vae, text_encoder)
+        _save(PUBLISHED[name], model, partial, vae, text_encoder, statistics)
         partial.chmod(0o755)
         os.rename(partial, out)
     except BaseException:
@@ -283,6 +338,59 @@ def write_pipeline(
 
 
 def _save(
+    published: Published,
+    model: ModelMixin,
+    folder: Path,
+    vae: str | Path | None,
+    text_encoder: str | None,
+    statistics: str | Path | None,
+) -> None:
+    if "sample_size" in model.config:
+        if statistics is not None:
+            raise ValueError("--statistics are of the features of motion, and this is a model of images; leave it out")
+        _save_images(published, model, folder, vae, text_encoder)
+    elif statistics is not None:
+        _save_motion(published, model, folder, vae, text_encoder, Path(statistics))
+    elif vae is not None or text_encoder is not None:
+        raise ValueError("a pipeline of motion also needs the statistics of its features; give --statistics")
+    else:
+        model.save_pretrained(folder / published.component)
+        if published.scheduler is not None:
+            published.scheduler().save_pretrained(folder / "scheduler")
+    (folder / "README.md").write_text(
+        f"# Converted weights\n\nFrom: {published.origin}.\nThe terms of the source apply to these weights.\n"
+        f"Model: `{type(model).__name__}`, {sum(p.numel() for p in model.parameters()):,} parameters.\n"
+    )
+
+
+def _save_motion(
+    published: Published,
+    model: ModelMixin,
+    folder: Path,
+    vae: str | Path | None,
+    text_encoder: str | None,
+    statistics: Path,
+) -> None:
+    from genssm.models import MotionVAE
+    from genssm.motion import FeatureStatistics, skeleton_of_features
+    from genssm.pipelines import TextToMotionPipeline
+    from genssm.pipelines.motion_conditions import load_motion_text
+
+    if published.component != "denoiser":
+        raise ValueError("--statistics make a pipeline of a denoiser; convert the VAE without and give it with --vae")
+    if (vae is None) != bool(model.config.get("in_channels")):
+        raise ValueError("a denoiser of latents needs --vae, a converted motion VAE, and one of frames has none")
+    numbers = FeatureStatistics.load(statistics / "Mean.npy", statistics / "Std.npy")
+    parts: dict[str, Any] = {"vae": None if vae is None else MotionVAE.from_pretrained(vae)}
+    if text_encoder is not None:
+        parts["tokenizer"], parts["text_encoder"] = load_motion_text(text_encoder, None, "pooled")
+    TextToMotionPipeline(
+        denoiser=model, scheduler=published.scheduler(), mean=numbers.mean.tolist(), std=numbers.std.tolist(),
+        skeleton=skeleton_of_features(len(numbers.mean)).name, max_frames=196, **parts,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def _save_images(
     published: Published, model: ModelMixin, folder: Path, vae: str | Path | None, text_encoder: str | None
 ) -> None:
     from diffusers import AutoModel
@@ -300,10 +408,6 @@ def _save(
         parts["read_padding"] = True
     kind = VideoPipeline if video else TextToImagePipeline if reads else ClassConditionalImagePipeline
     kind(denoiser=model, scheduler=published.scheduler(), **parts).save_pretrained(folder)
-    (folder / "README.md").write_text(
-        f"# Converted weights\n\nFrom: {published.origin}.\nThe terms of the source apply to these weights.\n"
-        f"Model: `{type(model).__name__}`, {sum(p.numel() for p in model.parameters()):,} parameters.\n"
-    )
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
@@ -348,6 +452,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--vae", help="folder of a diffusers VAE to put into the pipeline")
     parser.add_argument("--text-encoder", help="folder or Hub name of the text encoder (ZigMa: CLIP ViT-L/14)")
+    parser.add_argument("--statistics", help="motion: folder with Mean.npy and Std.npy, to write a whole pipeline")
     parser.add_argument("--allow-missing", action="store_true", help="write even if keys do not fit")
     return parser.parse_args(arguments)
 
@@ -363,7 +468,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not report.complete and not args.allow_missing:
         print("nothing written: the checkpoint does not fit this configuration (--allow-missing writes anyway)")
         return 1
-    write_pipeline(args.model, model, args.out, args.vae, args.text_encoder)
+    write_pipeline(args.model, model, args.out, args.vae, args.text_encoder, args.statistics)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters written to {args.out}")
     return 0
 

@@ -3,12 +3,21 @@
 import diffusers
 
 from genssm.pipelines.class_conditional_image import ClassConditionalImagePipeline
+from genssm.pipelines.motion_reconstruction import MotionReconstructionPipeline
 from genssm.pipelines.text_to_image import TextToImagePipeline
+from genssm.pipelines.text_to_motion import TextToMotionPipeline
 from genssm.pipelines.upsampling import DiMUpsamplingPipeline
 from genssm.pipelines.video import VideoPipeline
 from genssm.registration import register_library
 
-__all__ = ["ClassConditionalImagePipeline", "DiMUpsamplingPipeline", "TextToImagePipeline", "VideoPipeline"]
+__all__ = [
+    "ClassConditionalImagePipeline",
+    "DiMUpsamplingPipeline",
+    "MotionReconstructionPipeline",
+    "TextToImagePipeline",
+    "TextToMotionPipeline",
+    "VideoPipeline",
+]
 
 register_library()
 for _name in __all__:

@@ -24,7 +24,7 @@ PYTHON_FILES = [*PACKAGE_FILES, ROOT / "train.py", ROOT / "sample.py"]
 # Floors of the house, top to bottom; an import may only point to the same floor or a lower one.
 FLOORS = [
     {"train", "sample"},
-    {"genssm.convert", "genssm.env"},
+    {"genssm.convert", "genssm.env", "genssm.motion_samples"},
     {"genssm.tasks"},
     # These draw their samples through a pipeline.
     {"genssm.metrics.fid", "genssm.metrics.motion", "genssm.metrics.pairs"},

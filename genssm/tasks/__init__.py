@@ -5,16 +5,28 @@ import torch
 from genssm.config import RunConfig, TextConfig
 from genssm.tasks.base import Card, Task
 from genssm.tasks.images import ImageDenoising
+from genssm.tasks.motion import MotionDenoising
+from genssm.tasks.motion_vae import MotionReconstruction
 from genssm.tasks.text import TextDenoising
 from genssm.tasks.video import TextVideoDenoising, VideoDenoising
 
 # key of genssm.models.MODELS -> what its training is
-TASKS: dict[str, type[Task]] = {"dim": ImageDenoising, "dimsum": ImageDenoising, "zigma": ImageDenoising}
+TASKS: dict[str, type[Task]] = {
+    "dim": ImageDenoising,
+    "dimsum": ImageDenoising,
+    "mld": MotionDenoising,
+    "motion_mamba": MotionDenoising,
+    "motion_mamba_frames": MotionDenoising,
+    "motion_vae": MotionReconstruction,
+    "zigma": ImageDenoising,
+}
 
 __all__ = [
     "TASKS",
     "Card",
     "ImageDenoising",
+    "MotionDenoising",
+    "MotionReconstruction",
     "Task",
     "TextDenoising",
     "TextVideoDenoising",

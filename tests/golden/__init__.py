@@ -18,14 +18,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.golden import dim, dimsum, mamba2, motion_data, scan_orders, zigma
+from tests.golden import dim, dimsum, mamba2, motion, motion_data, scan_orders, zigma
 from tests.golden.checks import Check
 
 Handler = Callable[[Mapping[str, Any], dict[str, torch.Tensor]], Iterator[Check]]
 
 # model -> kind -> handler(what the JSON says, tensors)
 HANDLERS: dict[str | None, dict[str, Handler]] = {
-    None: {**dimsum.PARTS, **mamba2.PARTS, **motion_data.KINDS},
+    None: {**dimsum.PARTS, **mamba2.PARTS, **motion.KINDS, **motion_data.KINDS},
     "dim": {
         "network": dim.network,
         "objective": dim.objective,
