@@ -12,6 +12,7 @@ Models of human motion have options of their own (``python sample.py --model run
 import genssm.threads  # isort: skip - before torch
 import argparse
 import hashlib
+import inspect
 import json
 import shutil
 import sys
@@ -31,6 +32,7 @@ from genssm import env, motion_samples
 from genssm.data.video import Clip, write_clip
 from genssm.errors import cli
 from genssm.kernels import dispatch
+from genssm.metrics.generated import sampler_settings
 from genssm.motion_samples import makes_motion
 from genssm.schedulers import SCHEDULER_NAMES, swap_scheduler
 from genssm.solvers import ADAPTIVE_METHODS, FIXED_METHODS
@@ -41,7 +43,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 RECORD, PARTIAL = "samples.json", ".partial-"
 VIDEO_FORMATS = {"gif": ".gif", "mp4": ".mp4", "npy": ".npy", "frames": ""}  # name -> suffix; frames are a folder
 CALL = ("height", "width", "num_inference_steps", "guidance_scale", "guidance_interval", "guidance_rescale",
-        "guidance_power")  # fmt: skip  # arguments of the pipeline that are options of the same name
+        "guidance_power", "temperature", "top_k", "top_p")  # fmt: skip
+# CALL: arguments of pipelines that are options of the same name; a pipeline gets those that it knows.
 
 
 def positive(text: str) -> int:
@@ -74,6 +77,11 @@ def parse_args() -> argparse.Namespace:
                      help="times with guidance, 0 data to 1 noise (default: 0 1)")  # fmt: skip
     how.add_argument("--guidance-rescale", type=float, default=0.0, help="0 to 1 (default: 0)")
     how.add_argument("--guidance-power", type=float, default=0.0, help="less near the data; DiMSUM: 4 (default: 0)")
+    how.add_argument("--temperature", type=float, default=1.0, help="models of codes: 0 takes the best (default: 1)")
+    how.add_argument("--top-k", type=int, default=0, help="models of codes: draw from the k best (default: 0, all)")
+    how.add_argument(
+        "--top-p", type=float, default=1.0, help="models of codes: draw from the nucleus (default: 1, all)"
+    )
     where = parser.add_argument_group("where")
     where.add_argument("--out", required=True, type=Path, help="folder for 000000.png, 000001.png, ... and " + RECORD)
     where.add_argument("--video-format", choices=VIDEO_FORMATS, default="gif", help="of clips (default: gif)")
@@ -86,17 +94,35 @@ def parse_args() -> argparse.Namespace:
     machine.add_argument("--device", help="default: the accelerator, else the CPU")
     machine.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
     machine.add_argument("--compile", action="store_true", help="compile the denoiser's repeated blocks")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.changed = [key for key in (*CALL, "scheduler", "ode_solver") if getattr(args, key) != parser.get_default(key)]
+    return args
 
 
 def load(folder: Path, args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
     """The pipeline in a folder, on its device, with the sampler asked for."""
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=DTYPES[args.dtype]).to(device)
+    if not hasattr(pipe, "denoiser"):
+        raise ValueError(f"the {type(pipe).__name__} in {folder} draws no images; give a run of a model that does")
+    idle = [key for key in args.changed if key not in known(pipe) and not (key == "scheduler" and has_scheduler(pipe))]
+    if idle:
+        options = ", ".join("--" + key.replace("_", "-") for key in idle)
+        raise ValueError(f"{options}: no option of {type(pipe).__name__}, the pipeline in {folder}; leave it out")
     if args.scheduler:
         pipe.scheduler = swap_scheduler(pipe.scheduler, args.scheduler)
     if args.compile:
         pipe.denoiser.compile_repeated_blocks()
     return pipe
+
+
+def known(pipe: DiffusionPipeline) -> set[str]:
+    """Names of the arguments that a pipeline takes."""
+    return set(inspect.signature(type(pipe).__call__).parameters)
+
+
+def has_scheduler(pipe: DiffusionPipeline) -> bool:
+    """Whether another sampler can be put in; a model that draws code by code has none."""
+    return "scheduler" in pipe.components
 
 
 def is_video(pipe: DiffusionPipeline) -> bool:
@@ -107,6 +133,8 @@ def is_video(pipe: DiffusionPipeline) -> bool:
 def choose_texts(pipe: DiffusionPipeline, args: argparse.Namespace) -> dict:
     """Texts to go through and to lead away from, as far as they are given; refuses what does not fit the model."""
     reads = bool(pipe.denoiser.config.get("context_dim"))
+    if reads and "prompt" not in known(pipe):
+        raise ValueError(f"a {type(pipe).__name__} takes texts as prompt_embeds only; call it from Python")
     if reads and (args.prompt is None or args.class_labels is not None):
         raise ValueError("this model reads text; give --prompt and no --class-labels")
     if not reads and (args.prompt is not None or args.negative_prompt is not None):
@@ -149,9 +177,9 @@ def describe(
         "class_labels": labels,
         **texts,
         **({"video_format": args.video_format, "fps": args.fps} if is_video(pipe) else {}),
-        "scheduler": json.loads(pipe.scheduler.to_json_string()),
+        "scheduler": sampler_settings(pipe),
         "ode_solver": args.ode_solver and {"method": args.ode_solver, "rtol": args.ode_rtol, "atol": args.ode_atol},
-        **{key: getattr(args, key) for key in CALL},
+        **{key: getattr(args, key) for key in CALL if key in known(pipe)},
         "dtype": args.dtype,
         "compile": args.compile,
         "device": env.device_name(device) if device.type != "cpu" else "cpu",
@@ -216,7 +244,7 @@ def prepare(args: argparse.Namespace, record: dict, state: PartialState) -> list
 def draw(pipe: DiffusionPipeline, files: list[Path], args: argparse.Namespace, settings: dict, quiet: bool) -> None:
     """Make the images with these file names, whose numbers are their places."""
     labels, prompts = settings["class_labels"], settings.get("prompt")
-    call = {key: settings[key] for key in CALL}
+    call = {key: settings[key] for key in CALL if key in settings}
     if args.ode_solver:
         options = {} if args.ode_solver in FIXED_METHODS else {"rtol": args.ode_rtol, "atol": args.ode_atol}
         call |= {"ode_solver": args.ode_solver, "ode_options": options}

@@ -183,6 +183,7 @@ def train(run: Run, start: int, stop: StopRequest, *, quiet: bool) -> int:
         run.optimizer.step()
         run.lr_scheduler.step()
         run.optimizer.zero_grad(set_to_none=True)
+        run.task.after_step(step)
         if run.ema is not None:
             run.ema.update(step)
         log.step()
@@ -211,6 +212,7 @@ def rates(run: Run, step: int, log: MetricsLog) -> dict[str, float]:
         "learning_rate": run.lr_scheduler.get_last_lr()[0],
         f"{run.task.unit}_per_second": log.rate(step, run.shares.batch_size),
     }
+    numbers |= run.task.numbers_to_log()
     if run.ema is not None:
         numbers["ema_decay"] = run.ema.decay_at(step)
     if run.accelerator.device.type == "cuda":

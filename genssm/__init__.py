@@ -15,6 +15,8 @@ if (_root / "pyproject.toml").is_file() and str(_root) not in __path__:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AiM": "genssm.models",
+    "AutoregressiveImagePipeline": "genssm.pipelines",
     "CaptionTokenizer": "genssm.models",
     "ClassConditionalImagePipeline": "genssm.pipelines",
     "ContinuousDPMSolverScheduler": "genssm.single_step_solver",
@@ -25,14 +27,18 @@ _HOMES = {
     "FlowSDEScheduler": "genssm.schedulers",
     "MLD": "genssm.models",
     "MODELS": "genssm.models",
+    "MaskMamba": "genssm.models",
+    "MaskedImagePipeline": "genssm.pipelines",
     "MotionAlignment": "genssm.models",
     "MotionMamba": "genssm.models",
     "MotionMambaFrames": "genssm.models",
     "MotionReconstructionPipeline": "genssm.pipelines",
     "MotionVAE": "genssm.models",
+    "ReconstructionPipeline": "genssm.pipelines",
     "TextEncoder": "genssm.models",
     "TextToImagePipeline": "genssm.pipelines",
     "TextToMotionPipeline": "genssm.pipelines",
+    "VQTokenizer": "genssm.models",
     "VideoPipeline": "genssm.pipelines",
     "ZigMa": "genssm.models",
     "build_dataset": "genssm.data",

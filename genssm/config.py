@@ -38,7 +38,11 @@ class ModelConfig:
 class ObjectiveConfig:
     """What the denoiser learns to predict, at which noise levels, with which weights."""
 
-    name: Literal["flow", "diffusion"] = key("flow (interpolant, velocity) or diffusion (DDPM-type schedule)", "flow")
+    name: Literal["flow", "diffusion", "next_token", "masked_token", "reconstruction"] = key(
+        "flow (interpolant, velocity), diffusion (DDPM-type schedule), next_token (aim), masked_token (maskmamba), "
+        "reconstruction (vq)",
+        "flow",
+    )
     prediction_type: Literal["flow_prediction", "epsilon", "sample", "score", "v_prediction"] = key(
         "flow: flow_prediction, epsilon, sample, score; diffusion: epsilon, v_prediction, sample", "flow_prediction"
     )
@@ -52,6 +56,15 @@ class ObjectiveConfig:
     )
     min_snr_gamma: float = key("diffusion, min_snr: bound of the signal-to-noise ratio", 5.0)
     scheduler: dict[str, Any] = key("arguments of the diffusers scheduler saved with the model", factory=dict)
+    label_smoothing: float = key("next_token, masked_token: share of the target spread over all codes", 0.0)
+    mask_schedule: Literal["cosine", "linear"] = key("masked_token: share of masked codes over the steps", "cosine")
+    pixel_loss: Literal["l1", "l2"] = key("reconstruction: distance of pixels", "l2")
+    perceptual_weight: float = key("reconstruction: weight of the distance of VGG-16 features; 0 is none", 0.0)
+    perceptual_network: str | None = key("reconstruction: file of VGG-16 weights (torchvision's)", None)
+    perceptual_heads: str | None = key("reconstruction: file of LPIPS weights for them; null weighs all alike", None)
+    adversarial_weight: float = key("reconstruction: weight of a patch discriminator's verdict; 0 is none", 0.0)
+    adversarial_start: int = key("reconstruction: step from which it counts", 0)
+    restart_every: int = key("reconstruction: steps between restarts of dead codes; 0 never restarts", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +100,9 @@ class DataConfig:
     num_frames: int = key("clips: frames of an item", 16)
     frame_stride: int = key("clips: stored frames from one to the next", 1)
     download: bool = key("let torchvision fetch its data sets into path", False, resumable=True)
-    vae: str | None = key("folder of a VAE: encodes images while training, decodes samples", None, resumable=True)
+    vae: str | None = key(
+        "folder of a VAE or VQ tokenizer: encodes images while training, decodes samples", None, resumable=True
+    )
     latents: LatentsConfig = key("reading of stored latents", factory=LatentsConfig)
     cache: Literal["none", "ram", "device"] = key(
         "keep the decoded data set in memory or on the device", "none", resumable=True

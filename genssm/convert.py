@@ -20,6 +20,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin
 from safetensors.torch import load_file
 
 from genssm.errors import cli
+from genssm.models.aim import AIM_PRESETS, AiM, aim_config_from_published, convert_aim_state_dict
 from genssm.models.dim import DIM_PRESETS, DiM
 from genssm.models.dim_published import convert_dim_state_dict, dim_config_from_published
 from genssm.models.dimsum import DIMSUM_PRESETS, DiMSUM
@@ -41,11 +42,13 @@ from genssm.models.motion_vae import (
     convert_motion_vae_state_dict,
     motion_vae_config_from_published,
 )
+from genssm.models.vq import VQ_PRESETS, VQTokenizer, convert_vq_state_dict, vq_config_from_published
 from genssm.models.zigma import ZIGMA_PRESETS, ZigMa, convert_zigma_state_dict, zigma_config_from_published
 from genssm.schedulers import FlowODEScheduler
 from genssm.single_step_solver import ContinuousDPMSolverScheduler
 
 Weights = dict[str, torch.Tensor]
+Second = ModelMixin | str | Path | None  # a VAE or tokenizer beside the model, or the folder it is in
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,12 @@ class Published:
         presets: constructor arguments by name.
         config: (published weights, arguments known from elsewhere) -> constructor arguments that the weights show.
         weights: published weights -> ours, under our names; differentiable.
-        scheduler: makes the scheduler that the weights were trained for; None for a part that samples nothing.
+        scheduler: makes the scheduler that the weights were trained for; None for models that need none.
         origin: where such weights come from and under which terms, for the model card.
         dead: pattern of our names of weights that the released code stores but never uses; where our model does not
             have them they are reported and left out.
-        component: what the model is in a pipeline, the name of its folder.
+        folder: what is written, a key of :data:`FOLDERS`.
+        tokenizer: key of :data:`PUBLISHED` of a tokenizer whose weights may stand in the same file.
     """
 
     model: type[ModelMixin]
@@ -71,7 +75,8 @@ class Published:
     scheduler: Callable[[], SchedulerMixin] | None
     origin: str
     dead: str | None = None
-    component: str = "denoiser"
+    folder: str = "denoiser"
+    tokenizer: str | None = None
 
 
 # MLD's sampler: 50 steps at 981, 961, ..., 1.
@@ -81,6 +86,16 @@ _motion_scheduler = partial(
 )  # fmt: skip
 
 PUBLISHED = {
+    "aim": Published(
+        model=AiM,
+        presets=AIM_PRESETS,
+        config=aim_config_from_published,
+        weights=convert_aim_state_dict,
+        scheduler=None,
+        origin="AiM (arXiv:2408.12245), weights and code by Haopeng Li et al.",
+        folder="autoregressive",
+        tokenizer="vq",
+    ),
     "dim": Published(
         model=DiM,
         presets=DIM_PRESETS,
@@ -108,6 +123,7 @@ PUBLISHED = {
         scheduler=_motion_scheduler,
         origin="MLD (arXiv:2212.04048), weights and code by Xin Chen et al., MIT",
         dead=MLD_DEAD_KEYS,
+        folder="motion",
     ),
     "motion_mamba": Published(
         model=MotionMamba,
@@ -116,6 +132,7 @@ PUBLISHED = {
         weights=convert_motion_mamba_state_dict,
         scheduler=_motion_scheduler,
         origin="weights of Motion Mamba (arXiv:2403.07487) under names that go on with MLD's",
+        folder="motion",
     ),
     "motion_vae": Published(
         model=MotionVAE,
@@ -123,8 +140,17 @@ PUBLISHED = {
         config=motion_vae_config_from_published,
         weights=convert_motion_vae_state_dict,
         scheduler=None,
-        component="vae",
         origin="the motion VAE of MLD (arXiv:2212.04048), weights and code by Xin Chen et al., MIT",
+        folder="model",
+    ),
+    "vq": Published(
+        model=VQTokenizer,
+        presets=VQ_PRESETS,
+        config=vq_config_from_published,
+        weights=convert_vq_state_dict,
+        scheduler=None,
+        origin="VQ tokenizer of LlamaGen (arXiv:2406.06525), weights and code by FoundationVision, MIT",
+        folder="model",
     ),
     "zigma": Published(
         model=ZigMa,
@@ -298,7 +324,7 @@ def write_pipeline(
     name: str,
     model: ModelMixin,
     out: str | Path,
-    vae: str | Path | None = None,
+    vae: Second = None,
     text_encoder: str | None = None,
     statistics: str | Path | None = None,
 ) -> None:
@@ -306,22 +332,22 @@ def write_pipeline(
 
     Class-conditional and unconditional image models become a :class:`ClassConditionalImagePipeline`, models that read
     text a :class:`TextToImagePipeline` and models of video a :class:`VideoPipeline`; these two read padding tokens too,
-    as the released code does. Denoisers of motion become a :class:`TextToMotionPipeline` with the statistics of their
-    features, which no checkpoint holds; without these, and from a motion VAE, parts of one are written: the folders
-    ``denoiser/`` and ``scheduler/``, or ``vae/``.
+    as the released code does. AiM becomes an :class:`AutoregressiveImagePipeline`; a tokenizer of images and a motion
+    VAE are written as a model's folder. Denoisers of motion become a :class:`TextToMotionPipeline` with the statistics
+    of their features, which no checkpoint holds; without these, the folders ``denoiser/`` and ``scheduler/``.
 
     Args:
         name: key of :data:`PUBLISHED`.
-        model: the denoiser.
+        model: the model.
         out: folder to write; must not exist.
-        vae: folder of a diffusers VAE to put in; for latents of motion, of a converted motion VAE.
+        vae: VAE or tokenizer to put in, or its folder.
         text_encoder: text encoder to put in, see :func:`genssm.text.load_frozen_encoder`; without one, calls give
             embeddings.
         statistics: of motion: the data set's folder, with Mean.npy and Std.npy.
 
     Raises:
         FileExistsError: ``out`` exists.
-        ValueError: a text encoder for a model that reads no text.
+        ValueError: a text encoder for a model that reads no text, or AiM without a tokenizer.
     """
     out = Path(out)
     if out.exists():
@@ -329,7 +355,12 @@ def write_pipeline(
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        _save(PUBLISHED[name], model, partial, vae, text_encoder, statistics)
+        published = PUBLISHED[name]
+        if statistics is not None:
+            _save_motion_pipeline(published, model, partial, vae, text_encoder, Path(statistics))
+        else:
+            FOLDERS[published.folder](published, model, partial, vae, text_encoder)
+        _write_card(published, model, partial)
         partial.chmod(0o755)
         os.rename(partial, out)
     except BaseException:
@@ -337,68 +368,16 @@ def write_pipeline(
         raise
 
 
-def _save(
-    published: Published,
-    model: ModelMixin,
-    folder: Path,
-    vae: str | Path | None,
-    text_encoder: str | None,
-    statistics: str | Path | None,
-) -> None:
-    if "sample_size" in model.config:
-        if statistics is not None:
-            raise ValueError("--statistics are of the features of motion, and this is a model of images; leave it out")
-        _save_images(published, model, folder, vae, text_encoder)
-    elif statistics is not None:
-        _save_motion(published, model, folder, vae, text_encoder, Path(statistics))
-    elif vae is not None or text_encoder is not None:
-        raise ValueError("a pipeline of motion also needs the statistics of its features; give --statistics")
-    else:
-        model.save_pretrained(folder / published.component)
-        if published.scheduler is not None:
-            published.scheduler().save_pretrained(folder / "scheduler")
-    (folder / "README.md").write_text(
-        f"# Converted weights\n\nFrom: {published.origin}.\nThe terms of the source apply to these weights.\n"
-        f"Model: `{type(model).__name__}`, {sum(p.numel() for p in model.parameters()):,} parameters.\n"
-    )
-
-
-def _save_motion(
-    published: Published,
-    model: ModelMixin,
-    folder: Path,
-    vae: str | Path | None,
-    text_encoder: str | None,
-    statistics: Path,
-) -> None:
-    from genssm.models import MotionVAE
-    from genssm.motion import FeatureStatistics, skeleton_of_features
-    from genssm.pipelines import TextToMotionPipeline
-    from genssm.pipelines.motion_conditions import load_motion_text
-
-    if published.component != "denoiser":
-        raise ValueError("--statistics make a pipeline of a denoiser; convert the VAE without and give it with --vae")
-    if (vae is None) != bool(model.config.get("in_channels")):
-        raise ValueError("a denoiser of latents needs --vae, a converted motion VAE, and one of frames has none")
-    numbers = FeatureStatistics.load(statistics / "Mean.npy", statistics / "Std.npy")
-    parts: dict[str, Any] = {"vae": None if vae is None else MotionVAE.from_pretrained(vae)}
-    if text_encoder is not None:
-        parts["tokenizer"], parts["text_encoder"] = load_motion_text(text_encoder, None, "pooled")
-    TextToMotionPipeline(
-        denoiser=model, scheduler=published.scheduler(), mean=numbers.mean.tolist(), std=numbers.std.tolist(),
-        skeleton=skeleton_of_features(len(numbers.mean)).name, max_frames=196, **parts,
-    ).save_pretrained(folder)  # fmt: skip
-
-
-def _save_images(
-    published: Published, model: ModelMixin, folder: Path, vae: str | Path | None, text_encoder: str | None
+def _save_denoiser(
+    published: Published, model: ModelMixin, folder: Path, vae: Second, text_encoder: str | None
 ) -> None:
     from diffusers import AutoModel
 
     from genssm.pipelines import ClassConditionalImagePipeline, TextToImagePipeline, VideoPipeline
     from genssm.text import load_frozen_encoder
 
-    parts: dict[str, Any] = {"vae": None if vae is None else AutoModel.from_pretrained(vae)}
+    vae = AutoModel.from_pretrained(vae) if isinstance(vae, str | Path) else vae
+    parts: dict[str, Any] = {"vae": vae}
     reads, video = bool(model.config.get("context_dim")), bool(model.config.get("num_frames"))
     if text_encoder is not None:
         if not reads:
@@ -408,6 +387,75 @@ def _save_images(
         parts["read_padding"] = True
     kind = VideoPipeline if video else TextToImagePipeline if reads else ClassConditionalImagePipeline
     kind(denoiser=model, scheduler=published.scheduler(), **parts).save_pretrained(folder)
+
+
+def _save_autoregressive(
+    published: Published, model: ModelMixin, folder: Path, vae: Second, text_encoder: str | None
+) -> None:
+    from genssm.pipelines import AutoregressiveImagePipeline
+
+    _refuse_text_encoder(text_encoder)
+    if vae is None:
+        raise ValueError(
+            "the checkpoint holds no tokenizer (vqvae.*); convert one with 'vq' and give its folder: --vae"
+        )
+    vae = VQTokenizer.from_pretrained(vae) if isinstance(vae, str | Path) else vae
+    AutoregressiveImagePipeline(model=model, vqvae=vae).save_pretrained(folder)
+
+
+def _save_model(published: Published, model: ModelMixin, folder: Path, vae: Second, text_encoder: str | None) -> None:
+    _refuse_text_encoder(text_encoder)
+    if vae is not None:
+        raise ValueError("--vae is given but a tokenizer or VAE is written alone; leave it out")
+    model.save_pretrained(folder)
+
+
+def _save_motion(published: Published, model: ModelMixin, folder: Path, vae: Second, text_encoder: str | None) -> None:
+    if vae is not None or text_encoder is not None:
+        raise ValueError("a pipeline of motion also needs the statistics of its features; give --statistics")
+    model.save_pretrained(folder / "denoiser")
+    published.scheduler().save_pretrained(folder / "scheduler")
+
+
+def _save_motion_pipeline(
+    published: Published, model: ModelMixin, folder: Path, vae: Second, text_encoder: str | None, statistics: Path
+) -> None:
+    from genssm.motion import FeatureStatistics, skeleton_of_features
+    from genssm.pipelines import TextToMotionPipeline
+    from genssm.pipelines.motion_conditions import load_motion_text
+
+    if published.folder != "motion":
+        raise ValueError("--statistics are for denoisers of motion; leave them out")
+    if (vae is None) != bool(model.config.get("in_channels")):
+        raise ValueError("a denoiser of latents needs --vae, a converted motion VAE, and one of frames has none")
+    numbers = FeatureStatistics.load(statistics / "Mean.npy", statistics / "Std.npy")
+    parts: dict[str, Any] = {"vae": MotionVAE.from_pretrained(vae) if isinstance(vae, str | Path) else vae}
+    if text_encoder is not None:
+        parts["tokenizer"], parts["text_encoder"] = load_motion_text(text_encoder, None, "pooled")
+    TextToMotionPipeline(
+        denoiser=model, scheduler=published.scheduler(), mean=numbers.mean.tolist(), std=numbers.std.tolist(),
+        skeleton=skeleton_of_features(len(numbers.mean)).name, max_frames=196, **parts,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def _refuse_text_encoder(text_encoder: str | None) -> None:
+    if text_encoder is not None:
+        raise ValueError("--text-encoder is for models that read text, and this one reads none; leave it out")
+
+
+FOLDERS: dict[str, Callable[[Published, ModelMixin, Path, Second, str | None], None]] = {
+    "denoiser": _save_denoiser,
+    "autoregressive": _save_autoregressive,
+    "model": _save_model,
+    "motion": _save_motion,
+}
+
+
+def _write_card(published: Published, model: ModelMixin, folder: Path) -> None:
+    (folder / "README.md").write_text(
+        f"# Converted weights\n\nFrom: {published.origin}.\nThe terms of the source apply to these weights.\n"
+        f"Model: `{type(model).__name__}`, {sum(p.numel() for p in model.parameters()):,} parameters.\n"
+    )
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
@@ -450,7 +498,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=["ema", "model", "state_dict"],
         help="part of a nested checkpoint; by default the first of these that is there",
     )
-    parser.add_argument("--vae", help="folder of a diffusers VAE to put into the pipeline")
+    parser.add_argument("--vae", help="folder of a diffusers VAE, or of a tokenizer, to put into the pipeline")
     parser.add_argument("--text-encoder", help="folder or Hub name of the text encoder (ZigMa: CLIP ViT-L/14)")
     parser.add_argument("--statistics", help="motion: folder with Mean.npy and Std.npy, to write a whole pipeline")
     parser.add_argument("--allow-missing", action="store_true", help="write even if keys do not fit")
@@ -465,10 +513,15 @@ def main(arguments: list[str] | None = None) -> int:
     state_dict = read_checkpoint(args.checkpoint, args.weights)
     model, report = load_published(args.model, state_dict, _given(args))
     print(report)
-    if not report.complete and not args.allow_missing:
+    complete, vae, tokenizer = report.complete, args.vae, PUBLISHED[args.model].tokenizer
+    if tokenizer and vae is None and any(key.startswith("vqvae.") for key in state_dict):
+        vae, report = load_published(tokenizer, state_dict)
+        print(f"tokenizer: {report}")
+        complete = complete and report.complete
+    if not complete and not args.allow_missing:
         print("nothing written: the checkpoint does not fit this configuration (--allow-missing writes anyway)")
         return 1
-    write_pipeline(args.model, model, args.out, args.vae, args.text_encoder, args.statistics)
+    write_pipeline(args.model, model, args.out, vae, args.text_encoder, args.statistics)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters written to {args.out}")
     return 0
 

@@ -384,11 +384,14 @@ def swap_scheduler(current: SchedulerMixin, name: str) -> SchedulerMixin:
     Returns:
         A new scheduler.
     Raises:
-        ValueError: unknown name, or one that cannot sample this kind of model; the message lists those that can.
+        ValueError: unknown name, one that cannot sample this kind of model (the message lists those that can), or a
+            model of masked codes.
     """
     check_choice("scheduler", name, SCHEDULER_NAMES)
     flow = flow_settings(current)
     if flow is None:
+        if "prediction_type" not in current.config:
+            raise ValueError(f"a {type(current).__name__} samples no denoiser; no other scheduler can take its place")
         allowed = {key: key in _DIFFUSION for key in SCHEDULER_NAMES}
         allowed["euler-ancestral"] = current.config.prediction_type != "sample"
         _refuse(name, allowed, f"a diffusion model that predicts {current.config.prediction_type!r}")

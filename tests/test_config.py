@@ -177,8 +177,8 @@ def test_shipped_configs_build(path: Path) -> None:
     with torch.device("meta"):
         model = MODELS[config.model.name](**arguments)
     assert sum(p.numel() for p in model.parameters()) > 0
-    objective = build_objective(config.objective)
-    assert objective.prediction_type == config.objective.prediction_type
+    objective = build_objective(config.objective, (config.objective.name,))
+    assert getattr(objective, "prediction_type", "flow_prediction") == config.objective.prediction_type
     if config.train.class_dropout_prob:
         assert model.null_class_label is not None
 

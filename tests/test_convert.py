@@ -13,9 +13,19 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
 from genssm.convert import PUBLISHED, load_published, main, read_checkpoint, resolve_config
+from genssm.data.codes import load_tokenizer
 from genssm.models import ZigMa
 from genssm.models.zigma import _PUBLISHED_KEYS
-from genssm.pipelines import ClassConditionalImagePipeline, TextToImagePipeline, VideoPipeline
+from genssm.pipelines import (
+    AutoregressiveImagePipeline,
+    ClassConditionalImagePipeline,
+    TextToImagePipeline,
+    VideoPipeline,
+)
+from tests.models.test_aim import make_model as make_aim
+from tests.models.test_aim import published as published_aim
+from tests.models.test_vq import make_tokenizer
+from tests.models.test_vq import published as published_vq
 from tests.models.test_zigma import published_keys
 
 SCAN = '{"scan": "zigzag"}'
@@ -232,3 +242,32 @@ def test_half_written_folders_disappear(published: dict, tmp_path: Path, monkeyp
 def test_presets_name_what_weights_do_not_show() -> None:
     for preset, arguments in PUBLISHED["zigma"].presets.items():
         assert {"sample_size", "scan"} <= set(arguments), preset
+
+
+def test_aim_file_becomes_a_pipeline_with_its_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Both models of one file; a file of the sequence model alone takes a converted tokenizer."""
+    sequence = published_aim(make_aim(sample_size=4, vocab_size=32, num_groups=2))
+    # A released tokenizer has 32 groups, which nothing in the file shows.
+    wide = make_tokenizer(base_channels=32, norm_num_groups=32)
+    tokenizer = {f"vqvae.{key}": value for key, value in published_vq(wide).items()}
+    save_file(sequence | tokenizer, tmp_path / "model.safetensors")
+    assert main(["aim", str(tmp_path / "model.safetensors"), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.count("missing keys: none") == 2
+    pipe = AutoregressiveImagePipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe([0, 1], guidance_scale=2.0, output_type="pt").images.shape == (2, 1, 8, 8)
+    assert torch.equal(pipe.model.code_embed.weight, sequence["mamba.backbone.embeddings.word_embeddings.weight"])
+
+    torch.save({"ema": published_vq(wide)}, tmp_path / "vq.pt")
+    save_file(sequence, tmp_path / "alone.safetensors")
+    assert main(["vq", str(tmp_path / "vq.pt"), str(tmp_path / "vq")]) == 0
+    assert load_tokenizer(tmp_path / "vq").config.num_vq_embeddings == 32
+    given = ["aim", str(tmp_path / "alone.safetensors"), str(tmp_path / "again")]
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        main(given)
+    assert main([*given, "--vae", str(tmp_path / "vq")]) == 0
+    again = AutoregressiveImagePipeline.from_pretrained(tmp_path / "again")
+    for key, value in pipe.vqvae.state_dict().items():
+        assert torch.equal(again.vqvae.state_dict()[key], value)
+    with pytest.raises(ValueError, match="a tokenizer is written alone"):
+        main(["vq", str(tmp_path / "vq.pt"), str(tmp_path / "vq2"), "--vae", "x"])

@@ -10,6 +10,7 @@ from genssm.config import DataConfig
 from genssm.data.captions import CLASS
 from genssm.data.clips import ClipDataset, clips, moving_digits
 from genssm.data.coco import coco
+from genssm.data.codes import CachedCodes, CodeDataset, open_codes
 from genssm.data.images import CachedImages, ImageDataset
 from genssm.data.latents import LatentDataset, open_latents
 from genssm.data.shards import webdataset
@@ -20,13 +21,15 @@ from genssm.data.transforms import CROPS, ImageTransform
 IMAGE_DATASETS = {**FOLDERS_AND_FILES, "webdataset": webdataset, "coco": coco}
 CLIP_DATASETS = {"clips": clips, "moving_digits": moving_digits}
 CAPTION_OPTION = ("image_folder", "huggingface", "webdataset", "clips")  # readers that are told where the captions are
-DATASETS = (*IMAGE_DATASETS, *CLIP_DATASETS, "latents")
+DATASETS = (*IMAGE_DATASETS, *CLIP_DATASETS, "codes", "latents")
 
 __all__ = [
     "CROPS",
     "DATASETS",
+    "CachedCodes",
     "CachedImages",
     "ClipDataset",
+    "CodeDataset",
     "ImageDataset",
     "LatentDataset",
     "build_dataset",
@@ -34,7 +37,7 @@ __all__ = [
 ]
 
 
-def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset | LatentDataset:
+def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset | LatentDataset | CodeDataset:
     """A data set from a configuration, from keys, or from a configuration with some keys changed.
 
     Args:
@@ -43,8 +46,8 @@ def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset
 
     Returns:
         A map-style data set with ``num_classes``, ``class_names``, ``labels`` and items
-        ``{"pixel_values": float32 (C, H, W) in -1..1, "class_labels": int, "text": str}``, or ``"latents"`` in place of
-        the pixels; labels and text where the data have them. Clips are (F, C, H, W).
+        ``{"pixel_values": float32 (C, H, W) in -1..1, "class_labels": int, "text": str}``, or ``"latents"`` or
+        ``"codes"`` in place of the pixels; labels and text where the data have them. Clips are (F, C, H, W).
         ``dataset[i]`` is never random.
 
     Raises:
@@ -65,6 +68,8 @@ def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset
     _refuse_idle_keys(config)
     if config.name == "latents":
         return open_latents(config.path, config.split, config.latents, flip=config.flip)
+    if config.name == "codes":
+        return open_codes(config.path, config.split, flip=config.flip)
     source = _open_source(config)
     transform = ImageTransform(config.resolution, config.channels, config.crop, config.flip)
     if config.name in CLIP_DATASETS:
@@ -74,9 +79,10 @@ def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset
 
 def _refuse_idle_keys(config: DataConfig) -> None:
     """Refuse keys that the kind of data set would ignore."""
-    latents = config.name == "latents"
-    idle = ["resolution", "channels", "crop", "label", "download"] if latents else ["latents"]
-    if latents or (config.name not in CAPTION_OPTION and config.caption != CLASS):
+    encoded = config.name in ("codes", "latents")
+    idle = ["resolution", "channels", "crop", "label", "download"] if encoded else []
+    idle += [] if config.name == "latents" else ["latents"]
+    if encoded or (config.name not in CAPTION_OPTION and config.caption != CLASS):
         idle += ["caption"]
     if config.name not in CLIP_DATASETS:
         idle += ["num_frames", "frame_stride"]
@@ -101,13 +107,13 @@ def _open_source(config: DataConfig) -> Source:
 
 
 def cache_dataset(
-    dataset: ImageDataset | LatentDataset, cache: str, device: torch.device | str
-) -> ImageDataset | LatentDataset | CachedImages:
+    dataset: ImageDataset | LatentDataset | CodeDataset, cache: str, device: torch.device | str
+) -> ImageDataset | LatentDataset | CachedImages | CachedCodes:
     """The data set, or its items decoded into memory; training sees the same either way.
 
     Args:
         dataset: the data set.
-        cache: ``none``; ``ram``; or ``device``, for images, on ``device``.
+        cache: ``none``; ``ram``; or ``device``, for images and codes, on ``device``.
         device: of the training.
 
     Raises:
@@ -119,4 +125,5 @@ def cache_dataset(
         if cache == "device":
             raise ValueError("data.cache=device keeps images; use data.cache=ram with latents")
         return dataset.in_memory()
-    return CachedImages(dataset, device if cache == "device" else "cpu")
+    kind = CachedCodes if isinstance(dataset, CodeDataset) else CachedImages
+    return kind(dataset, device if cache == "device" else "cpu")

@@ -22,7 +22,7 @@ from genssm.data.latents import load_vae, vae_moments, vae_scaling
 from genssm.data.transforms import to_model_range
 from genssm.errors import cli
 
-_SAVE_EVERY = 50  # batches between notes of progress
+SAVE_EVERY = 50  # batches between notes of progress
 
 
 def encode_dataset(
@@ -80,24 +80,24 @@ def encode_dataset(
         "data": dataclasses.asdict(config),
     }
     part = out.with_name(out.name + ".partial")
-    done = _begin(part, meta)
+    done = begin_partial(part, meta)
     mode = "r+" if done else "w+"
     latents = np.lib.format.open_memmap(part / "latents.npy", mode=mode, dtype=dtype, shape=(rows, *shape))
     if dataset.labels is not None:
         np.save(part / "labels.npy", dataset.labels)
     if dataset.captions is not None:
-        _write_json(part / "captions.json", dataset.captions)
+        write_json(part / "captions.json", dataset.captions)
     bar = tqdm(total=rows, initial=done, unit="image", disable=quiet or None)
     for number, start in enumerate(range(done, rows, batch_size), 1):
         stop = min(start + batch_size, rows)
         latents[start:stop] = _encode(vae, dataset, start, stop, form, device).astype(dtype)
         bar.update(stop - start)
-        if number % _SAVE_EVERY == 0:
+        if number % SAVE_EVERY == 0:
             latents.flush()
-            _write_json(part / "progress.json", {"done": stop, "meta": meta})
+            write_json(part / "progress.json", {"done": stop, "meta": meta})
     bar.close()
     latents.flush()
-    _write_json(part / "meta.json", meta)
+    write_json(part / "meta.json", meta)
     (part / "progress.json").unlink()
     os.replace(part, out)
     return out
@@ -123,11 +123,11 @@ def _moments(vae: torch.nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, 
     return mean.unflatten(0, pixels.shape[:2]), None
 
 
-def _begin(part: Path, meta: dict) -> int:
+def begin_partial(part: Path, meta: dict) -> int:
     """Make the half-made folder, or find how many rows an earlier run of the same command left in it."""
     if not part.exists():
         part.mkdir(parents=True)
-        _write_json(part / "progress.json", {"done": 0, "meta": meta})
+        write_json(part / "progress.json", {"done": 0, "meta": meta})
         return 0
     note = part / "progress.json"
     found = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
@@ -148,7 +148,7 @@ def _encode(vae: torch.nn.Module, dataset: ImageDataset, start: int, stop: int, 
     return stored.float().cpu().numpy()
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=2), encoding="utf-8")
     os.replace(temporary, path)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from genssm.data.codes import CachedCodes
 from genssm.data.images import CachedImages
 from genssm.training.seeding import derive, hash_integers, permutation
 
@@ -116,7 +117,7 @@ def _leave_interrupts_alone(worker: int) -> None:
 
 
 def training_batches(
-    dataset: torch.utils.data.Dataset | CachedImages,
+    dataset: torch.utils.data.Dataset | CachedImages | CachedCodes,
     stream: Stream,
     shares: Shares,
     *,
@@ -128,7 +129,7 @@ def training_batches(
     """Batches of this process for steps ``first .. last - 1``: ``shares.parts`` per step, tensors on ``device``.
 
     Args:
-        dataset: a data set with ``item(index, key)``, or :class:`CachedImages`.
+        dataset: a data set with ``item(index, key)``, or one that is kept in memory.
         stream: order of the items.
         shares: division of the batch.
         first: first step.
@@ -137,7 +138,7 @@ def training_batches(
         num_workers: loader processes; the data do not depend on it.
     """
     device = torch.device(device)
-    if isinstance(dataset, CachedImages):
+    if isinstance(dataset, CachedImages | CachedCodes):
         for step in range(first, last):
             for part in range(shares.parts):
                 yield _moved(dataset.batch(*stream.piece(shares, step, part)), device)

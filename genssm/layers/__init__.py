@@ -1,6 +1,7 @@
 """Blocks that two or more models use identically."""
 
 from genssm.layers.attention import CrossAttention
+from genssm.layers.context import ContextEmbedding
 from genssm.layers.embeddings import (
     LabelEmbedding,
     PatchEmbed,
@@ -14,11 +15,12 @@ from genssm.layers.mamba import Mamba
 from genssm.layers.mamba2 import Mamba2
 from genssm.layers.mixers import make_mixer, mixer_options
 from genssm.layers.modulation import DropPath, LayerNorm, Modulation, RMSNorm, modulate, upcast
-from genssm.layers.outputs import DenoiserOutput
+from genssm.layers.outputs import DenoiserOutput, TokenOutput
 from genssm.layers.parameter_groups import parameter_groups
 from genssm.layers.text import check_text, masked_mean, read_text
 
 __all__ = [
+    "ContextEmbedding",
     "CrossAttention",
     "DenoiserOutput",
     "DropPath",
@@ -30,6 +32,7 @@ __all__ = [
     "PatchEmbed",
     "RMSNorm",
     "TimestepEmbedding",
+    "TokenOutput",
     "check_text",
     "make_mixer",
     "masked_mean",

@@ -1,16 +1,30 @@
 """The Mamba-1 mixer: projections, causal convolution and selective scan along any order, gate."""
 
+import dataclasses
 import math
 
 import torch
 from torch import nn
 
-from genssm.kernels.causal_conv1d import causal_conv1d
-from genssm.kernels.selective_scan import selective_scan
+from genssm.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from genssm.kernels.selective_scan import selective_scan, selective_scan_step
 from genssm.layers.directions import DepthwiseTaps, DirectedMixer, initial_dt_bias
 from genssm.layers.modulation import upcast
 
 # B batch, L tokens, K directions, D hidden_size, E = expand * D, N d_state, R dt_rank, W d_conv
+
+
+@dataclasses.dataclass
+class MambaState:
+    """What a mixer keeps between tokens; updated in place.
+
+    Args:
+        conv: the W - 1 latest tokens before the convolution, oldest first, (B, 1, E, W - 1).
+        ssm: state of the scan, (B, 1, E, N).
+    """
+
+    conv: torch.Tensor
+    ssm: torch.Tensor
 
 
 class Mamba(DirectedMixer):
@@ -102,6 +116,7 @@ class Mamba(DirectedMixer):
         orders: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        state: MambaState | None = None,
     ) -> torch.Tensor:
         """Mix tokens.
 
@@ -112,25 +127,86 @@ class Mamba(DirectedMixer):
                 None means raster order.
             lengths: (B,) valid tokens of each sample; later rows are neither visited nor written (zero).
             cu_seqlens: (S+1,) boundaries of sequences packed into one row of the batch (B = 1).
+            state: tokens before these, from :meth:`allocate_state`; the state after them is written into it. For one
+                direction, and not differentiable.
 
         Returns:
             (B, L, D), each token in its own row.
 
         Raises:
-            ValueError: ``orders`` has the wrong number of directions.
+            ValueError: ``orders`` has the wrong number of directions, or two directions are to keep a state.
         """
+        if state is not None:
+            self._check_one_direction()
+            if hidden_states.shape[1] == 1:
+                return self.step(hidden_states[:, 0], state)[:, None]
         orders = self.direction_orders(orders, hidden_states)
         scan_over = {"orders": orders, "lengths": lengths, "cu_seqlens": cu_seqlens}
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, L, E) each
         weight, bias = self.taps()  # (K, E, W) or (E, W)
-        x = causal_conv1d(x, weight, bias, activation="silu", **scan_over)  # (B, K, L, E) or (B, L, E)
+        conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
+        x, conv_last = causal_conv1d(
+            x, weight, bias, activation="silu", initial_state=conv, return_last_state=True, **scan_over
+        )  # (B, K, L, E) or (B, L, E)
         delta, B, C = self._project_steps(x)
         A_log, D, dt_bias = (self.stacked(name) for name in ("A_log", "D", "dt_bias"))
-        y = selective_scan(
+        y, ssm_last = selective_scan(
             x, delta, -upcast(A_log).exp(), B, C, upcast(D), z,
-            delta_bias=upcast(dt_bias), delta_softplus=True, **scan_over,
+            delta_bias=upcast(dt_bias), delta_softplus=True,
+            initial_state=ssm, return_last_state=True, **scan_over,
         )  # (B, L, E), summed over directions  # fmt: skip
+        if state is not None:
+            with torch.no_grad():
+                conv.copy_(conv_last)
+                ssm.copy_(ssm_last)
         return self.out_proj(y)
+
+    @torch.no_grad()
+    def step(self, hidden_states: torch.Tensor, state: MambaState) -> torch.Tensor:
+        """Mix one more token; equal to :meth:`forward` token by token.
+
+        Args:
+            hidden_states: (B, D).
+            state: of the tokens before it, updated in place.
+
+        Returns:
+            (B, D).
+
+        Raises:
+            ValueError: the mixer is bidirectional.
+        """
+        self._check_one_direction()
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, E) each
+        x = causal_conv1d_step(state.conv, x, *self.taps(), activation="silu")
+        delta, B, C = self._project_steps(x)
+        y = selective_scan_step(
+            state.ssm, x, delta, -upcast(self.A_log).exp(), B, C, upcast(self.D), z,
+            delta_bias=upcast(self.dt_bias), delta_softplus=True,
+        )  # (B, E)  # fmt: skip
+        return self.out_proj(y)
+
+    def allocate_state(
+        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> MambaState:
+        """State before the first token, zeros.
+
+        Args:
+            batch_size: B.
+            device: None means that of the parameters.
+            dtype: of both parts.
+
+        Raises:
+            ValueError: the mixer is bidirectional.
+        """
+        self._check_one_direction()
+        inner, width = self.conv1d.weight.shape[0], self.conv1d.weight.shape[-1]
+        options = {"device": device or self.out_proj.weight.device, "dtype": dtype}
+        conv = torch.zeros(batch_size, 1, inner, width - 1, **options)
+        return MambaState(conv, torch.zeros(batch_size, 1, inner, self.d_state, **options))
+
+    def _check_one_direction(self) -> None:
+        if len(self.suffixes) > 1:
+            raise ValueError("a state is kept along one direction; this mixer has two")
 
     def _project_steps(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """delta before bias and softplus (..., L, E), B and C (..., L, N), with each direction's own projections."""

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genssm.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
-from genssm.kernels.ssd import ssd, ssd_step
+from genssm.kernels.causal_conv1d import causal_conv1d
+from genssm.kernels.mamba2_step import mamba2_step
+from genssm.kernels.ssd import ssd
 from genssm.layers.directions import DepthwiseTaps, DirectedMixer, initial_dt_bias
 from genssm.layers.modulation import upcast
 
@@ -158,6 +159,8 @@ class Mamba2(DirectedMixer):
         """
         if state is not None:
             self._check_state(orders, lengths, cu_seqlens)
+            if hidden_states.shape[1] == 1:
+                return self.step(hidden_states[:, 0], state)[:, None]
             return self._continue(hidden_states, orders, state)
         orders = self.direction_orders(orders, hidden_states)
         scan_over = {"orders": orders, "lengths": lengths, "cu_seqlens": cu_seqlens}
@@ -193,10 +196,11 @@ class Mamba2(DirectedMixer):
             ValueError: the mixer is bidirectional.
         """
         self._check_state()
-        z, mapped, dt = self.in_proj(hidden_states).split(self.sizes, dim=-1)  # (B, E), (B, M), (B, H)
-        mapped = causal_conv1d_step(state.conv, mapped, *self.taps(), activation="silu")
-        y = ssd_step(state.ssm, *self._scan_inputs(mapped, dt, z), **self._scan_options())  # (B, H, P)
-        return self.out_proj(self.norm(y.flatten(-2)))
+        y = mamba2_step(
+            self.in_proj(hidden_states), state.conv, state.ssm, *self.taps(), self.A_log, self.D, self.dt_bias,
+            ngroups=self.map_shape[0],
+        )  # (B, E)  # fmt: skip
+        return self.out_proj(self.norm(y))
 
     def allocate_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32

@@ -1,4 +1,4 @@
-"""What a denoiser returns."""
+"""What models return."""
 
 from dataclasses import dataclass
 
@@ -16,3 +16,14 @@ class DenoiserOutput(BaseOutput):
     """
 
     sample: torch.Tensor
+
+
+@dataclass
+class TokenOutput(BaseOutput):
+    """Prediction of a model of codes.
+
+    Args:
+        logits: unnormalised log-probabilities of each code of the vocabulary, (B, L, V).
+    """
+
+    logits: torch.Tensor

@@ -20,7 +20,10 @@ from genssm.metrics.weights import file_hash
 from genssm.solvers import FIXED_METHODS
 
 RECORD = "samples.json"  # written by sample.py beside its images
-SETTINGS = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_rescale", "ode_solver")
+SETTINGS = (
+    "num_inference_steps", "guidance_scale", "guidance_interval", "guidance_rescale", "ode_solver", "temperature",
+    "top_k", "top_p",
+)  # fmt: skip
 
 
 class PipelineSource(ImageSource):
@@ -121,7 +124,7 @@ def sampling_protocol(source: PipelineSource, labels: str, folder: Path) -> dict
     elif labels == "balanced":
         labels = _cycle(range(pipeline.denoiser.config["num_classes"]))
     return _protocol(
-        json.loads(pipeline.scheduler.to_json_string()),
+        sampler_settings(pipeline),
         call,
         folder,
         labels if not labels.isdecimal() else _cycle([int(labels)]),
@@ -129,6 +132,13 @@ def sampling_protocol(source: PipelineSource, labels: str, folder: Path) -> dict
         source.count,
         str(pipeline.dtype).removeprefix("torch."),
     )
+
+
+def sampler_settings(pipeline: Any) -> dict[str, Any]:
+    """Class and settings of a pipeline's scheduler; of a pipeline without one, its own class."""
+    if "scheduler" not in pipeline.components:
+        return {"_class_name": type(pipeline).__name__}
+    return json.loads(pipeline.scheduler.to_json_string())
 
 
 def recorded_samples(

@@ -146,7 +146,7 @@ def dataset_source(name: str, split: str, options: argparse.Namespace) -> Listed
         config = DataConfig(name=name, **given)
     dataset = build_dataset(config, split=split, flip=False)
     if not isinstance(dataset, ImageDataset):
-        raise ValueError(f"{name} holds latents; distances need images, name the data set that they were made of")
+        raise ValueError(f"{name} holds no images; distances need them, name the data set that they were made of")
     size = "" if config.resolution is None else f" {config.resolution}px {config.crop}"
     return ListedSource(dataset.source, dataset.transform, f"{config.name} {split}{size}", "dataset")
 

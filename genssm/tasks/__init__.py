@@ -5,19 +5,25 @@ import torch
 from genssm.config import RunConfig, TextConfig
 from genssm.tasks.base import Card, Task
 from genssm.tasks.images import ImageDenoising
+from genssm.tasks.masked_token import MaskedToken
 from genssm.tasks.motion import MotionDenoising
 from genssm.tasks.motion_vae import MotionReconstruction
+from genssm.tasks.next_token import NextToken
 from genssm.tasks.text import TextDenoising
+from genssm.tasks.tokenizer import TokenizerTraining
 from genssm.tasks.video import TextVideoDenoising, VideoDenoising
 
 # key of genssm.models.MODELS -> what its training is
 TASKS: dict[str, type[Task]] = {
+    "aim": NextToken,
     "dim": ImageDenoising,
     "dimsum": ImageDenoising,
+    "maskmamba": MaskedToken,
     "mld": MotionDenoising,
     "motion_mamba": MotionDenoising,
     "motion_mamba_frames": MotionDenoising,
     "motion_vae": MotionReconstruction,
+    "vq": TokenizerTraining,
     "zigma": ImageDenoising,
 }
 
@@ -25,11 +31,14 @@ __all__ = [
     "TASKS",
     "Card",
     "ImageDenoising",
+    "MaskedToken",
     "MotionDenoising",
     "MotionReconstruction",
+    "NextToken",
     "Task",
     "TextDenoising",
     "TextVideoDenoising",
+    "TokenizerTraining",
     "VideoDenoising",
     "build_task",
 ]

@@ -106,6 +106,14 @@ class Task(ABC):
             (B,), float32.
         """
 
+    def after_step(self, step: int) -> None:
+        """What else happens once the optimiser has made step number ``step`` (from 1); nothing by default."""
+        return
+
+    def numbers_to_log(self) -> dict[str, float]:
+        """What is logged beside loss and rates, name -> number; nothing by default."""
+        return {}
+
     @abstractmethod
     def sketch(self, count: int) -> torch.Tensor:
         """Loss (count,) of a batch of zeros on the CPU, through the whole model: memory is measured on it."""

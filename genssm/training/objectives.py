@@ -12,7 +12,7 @@ sample (then a sample's draws do not depend on the batch it is in). Pass ``noise
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
@@ -21,6 +21,8 @@ from torch import nn
 from genssm import paths
 from genssm.paths import check_choice, per_sample
 from genssm.schedulers import FlowODEScheduler
+from genssm.training.reconstruction import ReconstructionObjective
+from genssm.training.token_objectives import MaskedTokenObjective, NextTokenObjective
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -309,26 +311,33 @@ def _build_scheduler(cls: type[SchedulerMixin], arguments: Mapping[str, object])
     return cls(**arguments)
 
 
-OBJECTIVES: dict[str, type] = {"flow": FlowObjective, "diffusion": DiffusionObjective}
+OBJECTIVES: dict[str, type] = {
+    "flow": FlowObjective,
+    "diffusion": DiffusionObjective,
+    "next_token": NextTokenObjective,
+    "masked_token": MaskedTokenObjective,
+    "reconstruction": ReconstructionObjective,
+}
 
 
-def build_objective(config: object) -> FlowObjective | DiffusionObjective:
+def build_objective(config: object, kinds: tuple[str, ...] = ("flow", "diffusion")) -> Any:
     """The objective a run asks for.
 
     Args:
-        config: :class:`genssm.config.ObjectiveConfig`, or any dataclass with ``name`` ("flow" or "diffusion") and the
-            constructor's arguments as fields. Fields of the other objective must be left at their defaults.
+        config: :class:`genssm.config.ObjectiveConfig`, or any dataclass with ``name`` (a key of :data:`OBJECTIVES`) and
+            the constructor's arguments as fields. Fields of the other objectives must be left at their defaults.
+        kinds: names that the kind of training can use.
     Raises:
         ValueError: unknown name, a setting that the objective does not use, or a bad value.
     """
-    check_choice("objective.name", config.name, tuple(OBJECTIVES))
+    check_choice("objective.name", config.name, kinds)
     used = set(inspect.signature(OBJECTIVES[config.name].__init__).parameters) - {"self"}
     settings = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in used:
             settings[field.name] = value
-        elif field.name != "name" and value != field.default:
+        elif field.name != "name" and value not in (field.default, {}):
             raise ValueError(
                 f"objective.{field.name} is {value!r}, but objective {config.name!r} does not use it; leave it out"
             )

@@ -262,7 +262,7 @@ def test_encoding_goes_on_where_it_was_stopped(
     tmp_path: Path, vae_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = encode_dataset(DIGITS, str(vae_folder), tmp_path / "whole", form="sample", batch_size=50, quiet=True)
-    monkeypatch.setattr(encoder, "_SAVE_EVERY", 1)
+    monkeypatch.setattr(encoder, "SAVE_EVERY", 1)
     encoded, real = [], encoder._encode
 
     def stops_at_200(vae: object, dataset: object, start: int, stop: int, *rest: object) -> np.ndarray:

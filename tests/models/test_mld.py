@@ -195,7 +195,7 @@ def test_a_whole_checkpoint_is_taken_apart(golden_dir: Path, tmp_path: Path) -> 
     save_file(whole, tmp_path / "mld.safetensors")
     vae, report = load_published("motion_vae", whole, {"num_heads": 2})
     assert report.complete and vae.config.latent_tokens == 2
-    for model, part in (("mld", "denoiser"), ("motion_vae", "vae")):
+    for model, part in (("mld", "denoiser"), ("motion_vae", "")):
         out = tmp_path / model
         config = '{"num_heads": 4}' if model == "mld" else '{"num_heads": 2}'
         assert main([model, str(tmp_path / "mld.safetensors"), str(out), "--config", config]) in (0, None)

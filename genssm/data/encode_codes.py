@@ -1,0 +1,137 @@
+"""Encode a data set once with a VQ tokenizer: ``python -m genssm.data.encode_codes --tokenizer RUN --out FOLDER ...``
+
+The result is a folder that ``data.name: codes`` reads: ``codes.npy`` (images, views, codes; memory-mapped),
+``labels.npy`` and ``meta.json``. It is written beside its final place and renamed when complete; a command that was
+stopped continues where it was.
+"""
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from genssm.config import DataConfig, load_data_config
+from genssm.data import build_dataset
+from genssm.data.codes import load_tokenizer
+from genssm.data.encode import SAVE_EVERY, begin_partial, write_json
+from genssm.data.transforms import to_model_range
+from genssm.errors import cli
+
+
+@torch.no_grad()
+def encode_codes(
+    config: DataConfig,
+    tokenizer_path: str,
+    out: str | Path,
+    *,
+    flip: bool = False,
+    batch_size: int = 32,
+    device: str = "cpu",
+    quiet: bool = False,
+) -> Path:
+    """Encode every image of a data set to codes.
+
+    Args:
+        config: the images; their mirror option is replaced by ``flip``.
+        tokenizer_path: folder of the tokenizer, or a run or pipeline that holds one.
+        out: folder to make; must not exist.
+        flip: also encode the mirrored images, as a second view.
+        batch_size: images at a time.
+        device: where the tokenizer runs.
+        quiet: no progress bar.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        FileExistsError: ``out`` exists.
+        ValueError: the data are no images, or a half-made folder is of another command.
+    """
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists; choose another --out or remove it")
+    if config.name in ("codes", "latents"):
+        raise ValueError(f"data.name={config.name} holds no images; name a data set of images")
+    tokenizer = load_tokenizer(tokenizer_path).to(device)
+    channels = config.channels or tokenizer.config.in_channels
+    dataset = build_dataset(dataclasses.replace(config, flip=False, channels=channels))
+    vocabulary, factor = tokenizer.config.num_vq_embeddings, tokenizer.scale_factor
+    height, width = dataset.item_shape[1] // factor, dataset.item_shape[2] // factor
+    rows, views = len(dataset), 2 if flip else 1
+    meta = {
+        "format_version": 1,
+        "form": "codes",
+        "num_codes": vocabulary,
+        "grid": [height, width],
+        "views": ["plain", "mirrored"][:views],
+        "class_names": list(dataset.class_names),
+        "rows": rows,
+        "tokenizer": str(tokenizer_path),
+        "data": dataclasses.asdict(config),
+    }
+    part = out.with_name(out.name + ".partial")
+    done = begin_partial(part, meta)
+    codes = np.lib.format.open_memmap(
+        part / "codes.npy",
+        mode="r+" if done else "w+",
+        dtype=np.uint16 if vocabulary <= 2**16 else np.int32,
+        shape=(rows, views, height * width),
+    )
+    if dataset.labels is not None:
+        np.save(part / "labels.npy", dataset.labels)
+    bar = tqdm(total=rows, initial=done, unit="image", disable=quiet or None)
+    for number, start in enumerate(range(done, rows, batch_size), 1):
+        stop = min(start + batch_size, rows)
+        images = torch.from_numpy(np.stack([dataset.pixels(row) for row in range(start, stop)]))
+        images = to_model_range(images).to(device)
+        for view in range(views):
+            drawn = tokenizer.tokenize(images.flip(-1) if view else images)
+            codes[start:stop, view] = drawn.cpu().numpy().astype(codes.dtype)
+        bar.update(stop - start)
+        if number % SAVE_EVERY == 0:
+            codes.flush()
+            write_json(part / "progress.json", {"done": stop, "meta": meta})
+    bar.close()
+    codes.flush()
+    write_json(part / "meta.json", meta)
+    (part / "progress.json").unlink()
+    os.replace(part, out)
+    return out
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m genssm.data.encode_codes",
+        description="Encode a data set once with a VQ tokenizer; train on it with data.name=codes data.path=FOLDER.",
+        epilog="example: python -m genssm.data.encode_codes --tokenizer runs/tokenizer --out codes/flowers "
+        "name=image_folder path=flowers resolution=256",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the data section: name, path, ...")
+    parser.add_argument("--config", help="take the data section of this run file first")
+    parser.add_argument("--tokenizer", required=True, help="folder of a VQTokenizer, or a run or pipeline with one")
+    parser.add_argument("--out", required=True, help="folder to make")
+    parser.add_argument("--flip", action="store_true", help="also encode the mirrored images")
+    parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args()
+    config = load_data_config(args.config, args.overrides)
+    out = encode_codes(
+        config,
+        args.tokenizer,
+        args.out,
+        flip=args.flip,
+        batch_size=args.batch_size,
+        device=args.device,
+        quiet=args.quiet,
+    )
+    print(f"codes of {config.name} in {out}; train with data.name=codes data.path={out} data.vae={args.tokenizer}")
+
+
+if __name__ == "__main__":
+    cli(main)

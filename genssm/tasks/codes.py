@@ -1,0 +1,139 @@
+"""Models of codes: what learning the next code and learning masked codes have in common."""
+
+import math
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from genssm.config import RunConfig
+from genssm.data import CodeDataset, ImageDataset, build_dataset
+from genssm.data.codes import load_tokenizer
+from genssm.tasks.base import Card, Task, Tensors
+from genssm.training.samples import draw_images, grid_columns
+
+
+class CodeModelling(Task):
+    """A model of codes that were stored beforehand, or that a tokenizer makes of images while training.
+
+    A subclass says what is learned and how is drawn.
+    """
+
+    component = "model"
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+        self.dataset = build_dataset(config.data)
+        if not isinstance(self.dataset, CodeDataset | ImageDataset):
+            raise ValueError(f"data.name={config.data.name}: a model of codes learns from codes or from images")
+        if config.data.vae is None:
+            raise ValueError("a model of codes needs its tokenizer; set data.vae to its folder or run")
+        self.tokenizer = load_tokenizer(config.data.vae).to(device)
+        self.stored = isinstance(self.dataset, CodeDataset)
+        self.model = self.build_model()
+        self.num_classes = self.model.config.num_classes
+        self._check_codes()
+        self._check_classes()
+        if self.model.config.context_dim:
+            raise ValueError("these data have no text; set model.args.context_dim to 0")
+
+    def _check_codes(self) -> None:
+        """Refuse a vocabulary or a grid that is not the tokenizer's or the data's."""
+        if self.stored:
+            grid, known = tuple(self.dataset.grid), self.dataset.num_codes
+        else:
+            channels, height, width = self.dataset.item_shape
+            factor, known = self.tokenizer.scale_factor, None
+            grid = (height // factor, width // factor)
+            if channels != self.tokenizer.config.in_channels or height % factor or width % factor:
+                raise ValueError(
+                    f"images are {tuple(self.dataset.item_shape)} but the tokenizer takes "
+                    f"{self.tokenizer.config.in_channels} channels and multiples of {factor} pixels; set "
+                    "data.channels and data.resolution"
+                )
+        vocabulary = self.model.config.vocab_size
+        for what, count in (("the tokenizer has", self.tokenizer.config.num_vq_embeddings), ("the data have", known)):
+            if count not in (None, vocabulary):
+                raise ValueError(f"model.args.vocab_size is {vocabulary} but {what} {count} codes; set it to {count}")
+        if grid != self.model.grid:
+            rows, columns = self.model.grid
+            raise ValueError(
+                f"images have {grid[0]}x{grid[1]} codes but model.args.sample_size is {rows}x{columns}; change it, or "
+                "data.resolution"
+            )
+
+    def _check_classes(self) -> None:
+        classes, labels, train = self.num_classes, self.dataset.num_classes, self.config.train
+        if classes and classes != labels:
+            raise ValueError(f"model.args.num_classes is {classes} but the data have {labels} classes; set it to that")
+        if train.class_dropout_prob and not classes:
+            raise ValueError("train.class_dropout_prob drops labels, but the model has no classes; set it to 0")
+        if self.config.log.guidance_scale != 1 and not train.class_dropout_prob:
+            raise ValueError(
+                f"log.guidance_scale={self.config.log.guidance_scale} needs a null class that was trained; "
+                "set it to 1, or train.class_dropout_prob to 0.1"
+            )
+
+    def codes(self, batch: Tensors) -> torch.Tensor:
+        """Codes (B, T) of a batch."""
+        if self.stored:
+            return batch["codes"]
+        with torch.no_grad():
+            return self.tokenizer.tokenize(batch["pixel_values"])
+
+    def condition(self, batch: Tensors, numbers: Tensors) -> Tensors:
+        """Labels of a batch, some of them dropped to the null class."""
+        if not self.num_classes:
+            return {}
+        labels = batch["class_labels"]
+        if "dropout" in numbers:
+            dropped = numbers["dropout"] < self.config.train.class_dropout_prob
+            labels = torch.where(dropped, self.model.null_class_label, labels)
+        return {"class_labels": labels}
+
+    def random_numbers(self, count: int, generator: torch.Generator) -> Tensors:
+        if not self.config.train.class_dropout_prob:
+            return {}
+        return {"dropout": torch.rand(count, generator=generator, device=self.device)}
+
+    def describe(self) -> dict[str, str]:
+        rows, columns = self.model.grid
+        return {
+            "input": f"{rows} x {columns} codes of {self.model.config.vocab_size:,}",
+            "data": f"{self.config.data.name}, {len(self.dataset):,} items, {self.dataset.num_classes} classes",
+        }
+
+    def class_names(self) -> list[str] | None:
+        """For the pipeline."""
+        return list(self.dataset.class_names) if self.num_classes else None
+
+    def code_card(self, subject: str, options: str) -> Card:
+        """A card for a pipeline that is called with labels and ``options``."""
+        classes = self.num_classes
+        labels = "[0, 1, 2, 3], " if classes >= 4 else "[0] * 4, " if classes else "num_images=4, "
+        generators = "generator=[torch.Generator().manual_seed(i) for i in range(4)]"
+        return Card(
+            tag="unconditional-image-generation",
+            subject=f"{'A class-conditional' if classes else 'An unconditional'} {self.config.model.name} {subject}",
+            example=f"images = pipe({labels}{generators}{options}).images",
+            facts={"objective": self.config.objective.name, "codes of an image": str(math.prod(self.model.grid))},
+        )
+
+    def draw_codes(
+        self, pipeline: DiffusionPipeline, first: int, stride: int, **call: object
+    ) -> dict[int, Image.Image]:
+        """As :meth:`Task.draw`, with further arguments of the pipeline."""
+        log = self.config.log
+        return draw_images(
+            pipeline,
+            log.num_samples,
+            self.num_classes,
+            first=first,
+            stride=stride,
+            seed=log.sample_seed,
+            guidance_scale=log.guidance_scale,
+            **call,
+        )
+
+    def columns(self, count: int) -> int:
+        return grid_columns(count, self.num_classes)

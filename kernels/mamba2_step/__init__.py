@@ -1,0 +1,68 @@
+"""One token through a Mamba-2 mixer, from its input projection to its gate. See README.md here."""
+
+from torch import Tensor
+
+from genssm.kernels import arguments, dispatch
+from genssm.kernels.mamba2_step import op as _op
+from genssm.kernels.mamba2_step.reference import step_reference
+
+__all__ = ["mamba2_step"]
+
+_NAME = "mamba2_step"
+
+
+def mamba2_step(
+    projected: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    A_log: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    *,
+    ngroups: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """Advance convolution and scan by one token.
+
+        z, x, B, C, dt = projected;   [x, B, C] = silu(conv([x, B, C]));   dt = softplus(dt + dt_bias)
+        h = exp(-dt exp(A_log)) h + dt x B';   y = (h C + D x) silu(z)
+
+    Not differentiable. Letters: Bt batch, H heads, P channels of a head, E = H P, G groups, N state,
+    M = E + 2 G N channels of the convolution, W taps.
+
+    Args:
+        projected: (Bt, E + M + H), any float type.
+        conv_state: the W - 1 inputs of the convolution before, oldest first, (Bt, 1, M, W - 1); updated in place.
+        ssm_state: h, (Bt, 1, H, P, N); updated in place.
+        conv_weight: (M, W); the last tap multiplies the current token.
+        conv_bias: (M,) or None.
+        A_log, D, dt_bias: (H,).
+        ngroups: G, a divisor of H.
+        backend: "auto", "triton", or any other of `genssm.kernels.dispatch`, which all mean PyTorch here.
+    Returns:
+        y, (Bt, E), dtype of ``projected``.
+    Raises:
+        ValueError: shapes disagree; the message names both.
+    """
+    heads = A_log.shape[0]
+    if ssm_state.ndim != 5 or ssm_state.shape[1:3] != (1, heads) or heads % ngroups:
+        raise ValueError(
+            f"{_NAME}: ssm_state is {arguments.shape(ssm_state)}, expected (Bt, 1, {heads}, P, N) with ngroups="
+            f"{ngroups} dividing {heads}"
+        )
+    batch, _, _, width, states = ssm_state.shape
+    mapped = heads * width + 2 * ngroups * states
+    expected = {
+        "projected": (projected, (batch, heads * width + mapped + heads)),
+        "conv_state": (conv_state, (batch, 1, mapped, conv_weight.shape[-1] - 1)),
+        "conv_weight": (conv_weight, (mapped, conv_weight.shape[-1])),
+        "D": (D, (heads,)),
+        "dt_bias": (dt_bias, (heads,)),
+    }
+    for name, (x, shape) in expected.items():
+        if x.shape != shape:
+            raise ValueError(f"{_NAME}: {name} is {arguments.shape(x)}, expected {shape}")
+    args = (projected, conv_state, ssm_state, conv_weight, conv_bias, A_log, D, dt_bias, ngroups)
+    return _op.step(*args) if dispatch.resolve(_NAME, backend, projected) == "triton" else step_reference(*args)

@@ -1,0 +1,150 @@
+"""The loop that draws an image code by code: static buffers, one step, replayed as a captured graph on CUDA."""
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from diffusers import ModelMixin
+
+from genssm.pipelines.denoising import BatchInvariant, Generators
+from genssm.pipelines.token_sampling import TokenSampling
+
+# B images, T codes of an image, V vocabulary, R rows of the model's batch: B, or 2 B under guidance
+
+
+def draw_uniform(shape: tuple[int, int], generator: Generators, device: torch.device) -> torch.Tensor:
+    """Random numbers in [0, 1), float32, (B, T), drawn image by image on the generator's device and moved."""
+    many = isinstance(generator, Sequence)
+    rows = []
+    for i in range(shape[0]):
+        source = generator[i] if many else generator
+        place = device if source is None else source.device
+        rows.append(torch.rand(shape[1], generator=source, device=place, dtype=torch.float32).to(device))
+    return torch.stack(rows)
+
+
+class TokenDecoder:
+    """Draws the codes of B images with a model that has ``new_cache`` (:class:`genssm.models.AiM`).
+
+    Everything a step reads and writes lies in buffers made once, and nothing in a step depends on values: the plain
+    loop and the replayed graph run the same operations and give the same codes.
+
+    Args:
+        model: the model of codes.
+        num_images: B.
+        guided: rows B .. 2B-1 of the model's batch are those without the condition.
+        sampling: how a code is drawn.
+        device: where the model runs.
+        released_draws: draw as the released code does: from both halves of the doubled batch with one generator, the
+            second half thrown away. Not under a graph.
+        capture: run the steps as a captured CUDA graph.
+    """
+
+    def __init__(
+        self,
+        model: ModelMixin,
+        num_images: int,
+        guided: bool,
+        sampling: TokenSampling,
+        device: torch.device,
+        *,
+        released_draws: bool = False,
+        capture: bool = False,
+    ) -> None:
+        tokens = model.num_tokens
+        self.model, self.num_images, self.guided, self.sampling = model, num_images, guided, sampling
+        self.released_draws = released_draws
+        self.generator: torch.Generator | None = None
+        self.cache = model.new_cache(self.rows, device)
+        self.codes = torch.zeros(num_images, tokens, dtype=torch.int64, device=device)
+        self.previous = torch.zeros(self.rows, 1, dtype=torch.int64, device=device)
+        self.uniform = torch.zeros(num_images, tokens, device=device)
+        self.scales = torch.ones(tokens, device=device)
+        self.count = torch.zeros(1, dtype=torch.int64, device=device)  # codes drawn or given so far
+        self.graph = self._capture() if capture else None
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.num_images * (2 if self.guided else 1)
+
+    def begin(
+        self,
+        condition: dict[str, torch.Tensor],
+        given: torch.Tensor,
+        uniform: torch.Tensor,
+        scales: torch.Tensor,
+        generator: torch.Generator | None = None,
+    ) -> int:
+        """Read the condition and the codes that are given, and draw the first code after them.
+
+        Args:
+            condition: arguments of the model, (R, ...) each.
+            given: first codes of the images, (B, n), 0 <= n < T.
+            uniform: random numbers in [0, 1), (B, T).
+            scales: guidance scale of each code, (T,).
+            generator: of ``released_draws``.
+
+        Returns:
+            How many codes there are now.
+        """
+        self.generator = generator
+        self.uniform.copy_(uniform)
+        self.scales.copy_(scales)
+        self.cache.begin()
+        self.codes.zero_()
+        self.codes[:, : given.shape[1]] = given
+        self.count.fill_(given.shape[1])
+        codes = given.repeat(self.rows // self.num_images, 1)
+        with self._invariant():
+            self._choose(self.model(codes, **condition, cache=self.cache).logits[:, -1])
+        return given.shape[1] + 1
+
+    def step(self) -> None:
+        """Draw the next code of each image."""
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            with self._invariant():
+                self._advance()
+
+    def _invariant(self) -> contextlib.AbstractContextManager:
+        return BatchInvariant() if self.codes.device.type == "cpu" else contextlib.nullcontext()
+
+    def _advance(self) -> None:
+        self._choose(self.model(self.previous, cache=self.cache).logits[:, -1])
+
+    def _choose(self, logits: torch.Tensor) -> None:
+        """Draw a code from ``logits`` (R, V) and put it where the next step finds it."""
+        logits = logits.float()
+        if self.guided:
+            conditional, null = logits.chunk(2)
+            logits = null + self.scales.index_select(0, self.count) * (conditional - null)
+        if self.released_draws:
+            both = self.sampling.probabilities(logits).repeat(2, 1)
+            both = both if self.generator is None else both.to(self.generator.device)
+            drawn = torch.multinomial(both, 1, generator=self.generator)
+            codes = drawn[: self.num_images, 0].to(self.codes.device)
+        else:
+            codes = self.sampling.choose(logits, self.uniform.index_select(1, self.count)[:, 0])
+        self.codes.index_copy_(1, self.count, codes[:, None])
+        self.previous.copy_(codes.repeat(self.rows // self.num_images)[:, None])
+        self.count.add_(1)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Record one step. What it computes while it is recorded is overwritten by :meth:`begin`."""
+        self.cache.begun = True
+        side = torch.cuda.Stream(self.codes.device)
+        side.wait_stream(torch.cuda.current_stream(self.codes.device))
+        with torch.cuda.stream(side):
+            for _ in range(3):  # compiles kernels and lets libraries choose theirs
+                self.count.zero_()
+                self.cache.position.zero_()
+                self._advance()
+        torch.cuda.current_stream(self.codes.device).wait_stream(side)
+        self.count.zero_()
+        self.cache.position.zero_()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._advance()
+        return graph

@@ -1,0 +1,136 @@
+"""One decoding step of a Mamba-2 mixer: PyTorch against the operators over whole sequences; Triton in its interpreter,
+compiled for devices that are not here, and on a device that is."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from genssm.kernels.causal_conv1d import causal_conv1d
+from genssm.kernels.mamba2_step import mamba2_step
+from genssm.kernels.mamba2_step.benchmark import check
+from genssm.kernels.ssd import ssd
+from tests.kernels.test_triton_compile import TARGETS, Caught, compile_for
+
+triton_missing = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+# batch, heads, channels of a head, states, groups, taps
+SIZES = [(2, 4, 8, 16, 1, 4), (1, 6, 5, 3, 2, 2), (3, 2, 40, 20, 1, 1), (2, 2, 70, 130, 2, 8)]
+
+
+def problem(sizes: tuple, dtype: torch.dtype = torch.float64, bias: bool = True, length: int = 4) -> dict:
+    """Arguments of a step, with ``projected`` (Bt, L, ...) for L tokens."""
+    batch, heads, width, states, groups, taps = sizes
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    inner, channels = heads * width, heads * width + 2 * groups * states
+    return {
+        "projected": random(batch, length, inner + channels + heads),
+        "conv_state": random(batch, 1, channels, taps - 1),
+        "ssm_state": random(batch, 1, heads, width, states),
+        "conv_weight": random(channels, taps),
+        "conv_bias": random(channels) if bias else None,
+        "A_log": random(heads),
+        "D": random(heads),
+        "dt_bias": random(heads) - 2,
+        "ngroups": groups,
+    }
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_steps_equal_the_sequence(sizes: tuple, bias: bool) -> None:
+    given = problem(sizes, bias=bias)
+    _, heads, width, states, groups, _ = sizes
+    inner, maps = heads * width, groups * states
+    projected, conv, ssm = given.pop("projected"), given["conv_state"].clone(), given["ssm_state"].clone()
+    z, mapped, dt = projected.split([inner, inner + 2 * maps, heads], dim=-1)
+    mapped, conv_last = causal_conv1d(
+        mapped, given["conv_weight"], given["conv_bias"], activation="silu", initial_state=conv, return_last_state=True
+    )
+    x, B, C = mapped.split([inner, maps, maps], dim=-1)
+    per_head, per_group = (heads, width), (groups, states)
+    expected, ssm_last = ssd(
+        x.unflatten(-1, per_head), dt, -given["A_log"].exp(), B.unflatten(-1, per_group), C.unflatten(-1, per_group),
+        given["D"], z.unflatten(-1, per_head), dt_bias=given["dt_bias"], dt_softplus=True, initial_state=ssm,
+        return_last_state=True, backend="reference",
+    )  # fmt: skip
+    steps = [mamba2_step(projected[:, t].contiguous(), **given) for t in range(projected.shape[1])]
+    torch.testing.assert_close(torch.stack(steps, dim=1), expected.flatten(-2))
+    torch.testing.assert_close(given["ssm_state"], ssm_last)
+    torch.testing.assert_close(given["conv_state"], conv_last)
+
+
+def test_errors() -> None:
+    given = problem(SIZES[0])
+    given["projected"] = given["projected"][:, 0]
+    with pytest.raises(ValueError, match=r"D is \(3,\), expected \(4,\)"):
+        mamba2_step(**{**given, "D": torch.zeros(3)})
+    with pytest.raises(ValueError, match="ngroups=3 dividing 4"):
+        mamba2_step(**{**given, "ngroups": 3})
+    with pytest.raises(ValueError, match="backend='triton' is not possible"):
+        mamba2_step(**given, backend="triton")
+
+
+def compare_with_triton(device: str, dtype: torch.dtype) -> None:
+    """Outputs and both states after two steps, for every size."""
+    for sizes in SIZES:
+        for bias in (True, False)[: 1 + (sizes == SIZES[0])]:
+            exact = problem(sizes, bias=bias)
+            low = {k: v.to(device, torch.float32) if isinstance(v, torch.Tensor) else v for k, v in exact.items()}
+            for key in ("projected", "conv_weight", "conv_bias"):
+                low[key] = None if low[key] is None else low[key].to(dtype)
+                exact[key] = None if low[key] is None else low[key].double().cpu()
+            tokens, exact_tokens = low.pop("projected"), exact.pop("projected")
+            tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+            for t in range(2):
+                found = mamba2_step(tokens[:, t], **low, backend="triton")
+                expected = mamba2_step(exact_tokens[:, t], **exact)
+                assert found.dtype == dtype
+                torch.testing.assert_close(found.double().cpu(), expected, **tolerance)
+                for key in ("conv_state", "ssm_state"):
+                    torch.testing.assert_close(low[key].double().cpu(), exact[key], **tolerance)
+
+
+@triton_missing
+def test_parity_in_the_interpreter() -> None:
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", "tests.kernels.test_mamba2_step"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@triton_missing
+@pytest.mark.parametrize("target", [TARGETS[i] for i in (0, 3, 4, 7)], ids=lambda target: str(target[1]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles(target: tuple, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from genssm.kernels.mamba2_step import triton_step
+
+    caught = Caught().of(monkeypatch, triton_step.conv_step_kernel, triton_step.scan_step_kernel)
+    given = problem((2, 4, 64, 128, 1, 4), torch.float32)
+    projected = given.pop("projected")[:, 0].to(dtype)
+    triton_step.step_triton(projected, *given.values())
+    assert len(caught) == 2
+    for kernel, arguments in caught:
+        compile_for(kernel, arguments, target)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_parity_on_the_device(dtype: torch.dtype) -> None:
+    compare_with_triton("cuda", dtype)
+
+
+def test_benchmark_checks_first() -> None:
+    check("reference", torch.device("cpu"), torch.float32)
+
+
+if __name__ == "__main__":
+    compare_with_triton("cpu", torch.float32)
