@@ -406,7 +406,7 @@ def _save_autoregressive(
 def _save_model(published: Published, model: ModelMixin, folder: Path, vae: Second, text_encoder: str | None) -> None:
     _refuse_text_encoder(text_encoder)
     if vae is not None:
-        raise ValueError("--vae is given but a tokenizer or VAE is written alone; leave it out")
+        raise ValueError("--vae is given but a tokenizer is written alone; leave it out")
     model.save_pretrained(folder)
 
 
