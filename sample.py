@@ -4,6 +4,9 @@ Image i starts from the noise of a generator seeded ``--seed`` + i and gets the 
 the text number i of ``--prompt``, over and over. It does not depend on the batch size or on the number of processes, so
 the same command under ``accelerate launch`` or ``torchrun`` writes the same files, faster; and a broken-off one goes on
 where it stopped.
+
+Models of human motion have options of their own (``python sample.py --model runs/motion --help``):
+``python sample.py --model runs/motion --prompt "a person walks in a circle" --seconds 6 --out walk.bvh``.
 """
 
 import genssm.threads  # isort: skip - before torch
@@ -25,11 +28,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import genssm.pipelines  # noqa: F401  makes our pipeline classes known to diffusers
-from genssm import env
+from genssm import env, motion_samples
 from genssm.data.video import Clip, write_clip
 from genssm.errors import cli
 from genssm.kernels import dispatch
 from genssm.metrics.generated import sampler_settings
+from genssm.motion_samples import makes_motion
 from genssm.schedulers import SCHEDULER_NAMES, swap_scheduler
 from genssm.solvers import ADAPTIVE_METHODS, FIXED_METHODS
 from genssm.training.checkpoint import resolve_pipeline
@@ -279,6 +283,10 @@ def draw_grid(args: argparse.Namespace, count: int, classes: int, video: bool) -
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load, draw what is missing, write files and the grid."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if makes_motion(arguments):
+        motion_samples.main(arguments)
+        return
     args = parse_args(arguments)
     folder = resolve_pipeline(args.model)
     # accelerate joins processes on the CPU only when told that the CPU is meant.
@@ -293,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "num_images": args.num_images or len(labels or texts.get("prompt", ())) or 16,
         "model": str(args.model),
         "pipeline": str(folder),
-        "command": sys.argv if arguments is None else ["sample.py", *arguments],
+        "command": ["sample.py", *arguments],
         "processes": state.num_processes,
         "versions": env.versions(),
     }

@@ -198,6 +198,30 @@ class AlignConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MotionConfig:
+    """Training on human motion: ``data.name`` is motion (a folder in ``data.path``) or synthetic_motion."""
+
+    min_frames: int = key("shorter clips are left out; KIT-ML is usually read with 24", 40)
+    max_frames: int = key("frames of an item", 196)
+    unit_length: int = key("lengths are multiples of it", 4)
+    longer: Literal["leave_out", "window"] | None = key(
+        "of clips that are longer: leave them out, or a random part (window); null: window for recordings", None
+    )
+    mirror: bool = key("of recordings: add mirror images, words for left and right exchanged", False)
+    joint_map: str | None = key("of recordings: key of genssm.data.motion.recording.JOINT_MAPS; null finds it", None)
+    up: Literal["y", "z"] = key("of recordings: vertical axis", "y")
+    vae: str | None = key("run or pipeline of the motion VAE in whose latents a denoiser works; null: frames", None)
+    text_states: Literal["pooled", "tokens"] = key("what of a text the denoiser reads", "pooled")
+    kl_weight: float = key("VAE: weight of the KL divergence", 1e-4)
+    joints_weight: float = key("VAE: weight of the error of the joints", 1.0)
+    loss_on_padding: bool = key("VAE: count the padding, as the released code does", True)
+    key_frame_ratio: float = key("frames: part of a clip's frames hidden as key frames (KMM); 0 hides none", 0.0)
+    key_frame_prob: float = key("frames: share of clips whose key frames are hidden", 0.5)
+    key_frame_bandwidth: float = key("frames: squared distance of normalised frames, per feature, that is near", 1.0)
+    contrastive_weight: float = key("learned text: weight of the text-motion contrast (KMM: 0.5)", 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run."""
 
@@ -209,6 +233,7 @@ class RunConfig:
     log: LogConfig = key("logging and samples", factory=LogConfig)
     evaluate: EvaluateConfig = key("measuring samples while training", factory=EvaluateConfig)
     align: AlignConfig = key("representation alignment", factory=AlignConfig)
+    motion: MotionConfig = key("human motion", factory=MotionConfig)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
 from safetensors.torch import load_file
 
 from genssm.errors import cli
@@ -28,6 +28,19 @@ from genssm.models.dimsum_published import (
     DIMSUM_DEAD_KEYS,
     convert_dimsum_state_dict,
     dimsum_config_from_published,
+)
+from genssm.models.mld import MLD, MLD_DEAD_KEYS, MLD_PRESETS, convert_mld_state_dict, mld_config_from_published
+from genssm.models.motion_mamba import (
+    MOTION_MAMBA_PRESETS,
+    MotionMamba,
+    convert_motion_mamba_state_dict,
+    motion_mamba_config_from_published,
+)
+from genssm.models.motion_vae import (
+    MOTION_VAE_PRESETS,
+    MotionVAE,
+    convert_motion_vae_state_dict,
+    motion_vae_config_from_published,
 )
 from genssm.models.vq import VQ_PRESETS, VQTokenizer, convert_vq_state_dict, vq_config_from_published
 from genssm.models.zigma import ZIGMA_PRESETS, ZigMa, convert_zigma_state_dict, zigma_config_from_published
@@ -66,6 +79,12 @@ class Published:
     tokenizer: str | None = None
 
 
+# MLD's sampler: 50 steps at 981, 961, ..., 1.
+_motion_scheduler = partial(
+    DDIMScheduler, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+    clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+)  # fmt: skip
+
 PUBLISHED = {
     "aim": Published(
         model=AiM,
@@ -95,6 +114,34 @@ PUBLISHED = {
         scheduler=partial(FlowODEScheduler, path="gvp", solver="heun"),
         origin="DiMSUM (arXiv:2411.04168), weights and code by VinAI Research",
         dead=DIMSUM_DEAD_KEYS,
+    ),
+    "mld": Published(
+        model=MLD,
+        presets=MLD_PRESETS,
+        config=mld_config_from_published,
+        weights=convert_mld_state_dict,
+        scheduler=_motion_scheduler,
+        origin="MLD (arXiv:2212.04048), weights and code by Xin Chen et al., MIT",
+        dead=MLD_DEAD_KEYS,
+        folder="motion",
+    ),
+    "motion_mamba": Published(
+        model=MotionMamba,
+        presets=MOTION_MAMBA_PRESETS,
+        config=motion_mamba_config_from_published,
+        weights=convert_motion_mamba_state_dict,
+        scheduler=_motion_scheduler,
+        origin="weights of Motion Mamba (arXiv:2403.07487) under names that go on with MLD's",
+        folder="motion",
+    ),
+    "motion_vae": Published(
+        model=MotionVAE,
+        presets=MOTION_VAE_PRESETS,
+        config=motion_vae_config_from_published,
+        weights=convert_motion_vae_state_dict,
+        scheduler=None,
+        origin="the motion VAE of MLD (arXiv:2212.04048), weights and code by Xin Chen et al., MIT",
+        folder="model",
     ),
     "vq": Published(
         model=VQTokenizer,
@@ -274,14 +321,20 @@ def load_published(
 
 
 def write_pipeline(
-    name: str, model: ModelMixin, out: str | Path, vae: Second = None, text_encoder: str | None = None
+    name: str,
+    model: ModelMixin,
+    out: str | Path,
+    vae: Second = None,
+    text_encoder: str | None = None,
+    statistics: str | Path | None = None,
 ) -> None:
     """Write a diffusers folder in one step: it appears complete under its name, or not at all.
 
     Class-conditional and unconditional image models become a :class:`ClassConditionalImagePipeline`, models that read
     text a :class:`TextToImagePipeline` and models of video a :class:`VideoPipeline`; these two read padding tokens too,
-    as the released code does. AiM becomes an :class:`AutoregressiveImagePipeline`; a tokenizer of images is written as
-    a model's folder.
+    as the released code does. AiM becomes an :class:`AutoregressiveImagePipeline`; a tokenizer of images and a motion
+    VAE are written as a model's folder. Denoisers of motion become a :class:`TextToMotionPipeline` with the statistics
+    of their features, which no checkpoint holds; without these, the folders ``denoiser/`` and ``scheduler/``.
 
     Args:
         name: key of :data:`PUBLISHED`.
@@ -290,6 +343,7 @@ def write_pipeline(
         vae: VAE or tokenizer to put in, or its folder.
         text_encoder: text encoder to put in, see :func:`genssm.text.load_frozen_encoder`; without one, calls give
             embeddings.
+        statistics: of motion: the data set's folder, with Mean.npy and Std.npy.
 
     Raises:
         FileExistsError: ``out`` exists.
@@ -301,8 +355,12 @@ def write_pipeline(
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        FOLDERS[PUBLISHED[name].folder](PUBLISHED[name], model, partial, vae, text_encoder)
-        _write_card(PUBLISHED[name], model, partial)
+        published = PUBLISHED[name]
+        if statistics is not None:
+            _save_motion_pipeline(published, model, partial, vae, text_encoder, Path(statistics))
+        else:
+            FOLDERS[published.folder](published, model, partial, vae, text_encoder)
+        _write_card(published, model, partial)
         partial.chmod(0o755)
         os.rename(partial, out)
     except BaseException:
@@ -352,6 +410,34 @@ def _save_model(published: Published, model: ModelMixin, folder: Path, vae: Seco
     model.save_pretrained(folder)
 
 
+def _save_motion(published: Published, model: ModelMixin, folder: Path, vae: Second, text_encoder: str | None) -> None:
+    if vae is not None or text_encoder is not None:
+        raise ValueError("a pipeline of motion also needs the statistics of its features; give --statistics")
+    model.save_pretrained(folder / "denoiser")
+    published.scheduler().save_pretrained(folder / "scheduler")
+
+
+def _save_motion_pipeline(
+    published: Published, model: ModelMixin, folder: Path, vae: Second, text_encoder: str | None, statistics: Path
+) -> None:
+    from genssm.motion import FeatureStatistics, skeleton_of_features
+    from genssm.pipelines import TextToMotionPipeline
+    from genssm.pipelines.motion_conditions import load_motion_text
+
+    if published.folder != "motion":
+        raise ValueError("--statistics are for denoisers of motion; leave them out")
+    if (vae is None) != bool(model.config.get("in_channels")):
+        raise ValueError("a denoiser of latents needs --vae, a converted motion VAE, and one of frames has none")
+    numbers = FeatureStatistics.load(statistics / "Mean.npy", statistics / "Std.npy")
+    parts: dict[str, Any] = {"vae": MotionVAE.from_pretrained(vae) if isinstance(vae, str | Path) else vae}
+    if text_encoder is not None:
+        parts["tokenizer"], parts["text_encoder"] = load_motion_text(text_encoder, None, "pooled")
+    TextToMotionPipeline(
+        denoiser=model, scheduler=published.scheduler(), mean=numbers.mean.tolist(), std=numbers.std.tolist(),
+        skeleton=skeleton_of_features(len(numbers.mean)).name, max_frames=196, **parts,
+    ).save_pretrained(folder)  # fmt: skip
+
+
 def _refuse_text_encoder(text_encoder: str | None) -> None:
     if text_encoder is not None:
         raise ValueError("--text-encoder is for models that read text, and this one reads none; leave it out")
@@ -361,6 +447,7 @@ FOLDERS: dict[str, Callable[[Published, ModelMixin, Path, Second, str | None], N
     "denoiser": _save_denoiser,
     "autoregressive": _save_autoregressive,
     "model": _save_model,
+    "motion": _save_motion,
 }
 
 
@@ -413,6 +500,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--vae", help="folder of a diffusers VAE, or of a tokenizer, to put into the pipeline")
     parser.add_argument("--text-encoder", help="folder or Hub name of the text encoder (ZigMa: CLIP ViT-L/14)")
+    parser.add_argument("--statistics", help="motion: folder with Mean.npy and Std.npy, to write a whole pipeline")
     parser.add_argument("--allow-missing", action="store_true", help="write even if keys do not fit")
     return parser.parse_args(arguments)
 
@@ -433,7 +521,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not complete and not args.allow_missing:
         print("nothing written: the checkpoint does not fit this configuration (--allow-missing writes anyway)")
         return 1
-    write_pipeline(args.model, model, args.out, vae, args.text_encoder)
+    write_pipeline(args.model, model, args.out, vae, args.text_encoder, args.statistics)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters written to {args.out}")
     return 0
 

@@ -5,8 +5,10 @@ import diffusers
 from genssm.pipelines.autoregressive_image import AutoregressiveImagePipeline
 from genssm.pipelines.class_conditional_image import ClassConditionalImagePipeline
 from genssm.pipelines.masked_image import MaskedImagePipeline
+from genssm.pipelines.motion_reconstruction import MotionReconstructionPipeline
 from genssm.pipelines.reconstruction import ReconstructionPipeline
 from genssm.pipelines.text_to_image import TextToImagePipeline
+from genssm.pipelines.text_to_motion import TextToMotionPipeline
 from genssm.pipelines.upsampling import DiMUpsamplingPipeline
 from genssm.pipelines.video import VideoPipeline
 from genssm.registration import register_library
@@ -16,8 +18,10 @@ __all__ = [
     "ClassConditionalImagePipeline",
     "DiMUpsamplingPipeline",
     "MaskedImagePipeline",
+    "MotionReconstructionPipeline",
     "ReconstructionPipeline",
     "TextToImagePipeline",
+    "TextToMotionPipeline",
     "VideoPipeline",
 ]
 

@@ -77,6 +77,9 @@ class BatchInvariant(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in self._elementwise:
             return self._elementwise[func](*args, **kwargs)
+        if func is torch.einsum and args[0].startswith("b"):  # an index called b is the batch
+            equation, x, *rest = args
+            return torch.cat([func(equation, x[i : i + 1], *rest) for i in range(len(x))])
         split = func in self._layers or func in self._products
         if not split or len(args) < 2 or args[0].ndim < self._layers.get(func, 2) or len(args[0]) < 2:
             return func(*args, **kwargs)

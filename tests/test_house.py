@@ -24,13 +24,14 @@ PYTHON_FILES = [*PACKAGE_FILES, ROOT / "train.py", ROOT / "sample.py"]
 # Floors of the house, top to bottom; an import may only point to the same floor or a lower one.
 FLOORS = [
     {"train", "sample"},
-    {"genssm.convert", "genssm.env"},
+    {"genssm.convert", "genssm.env", "genssm.motion_samples"},
     {"genssm.tasks"},
-    {"genssm.metrics.fid", "genssm.metrics.pairs"},  # draw their samples through a pipeline
+    # These draw their samples through a pipeline.
+    {"genssm.metrics.fid", "genssm.metrics.motion", "genssm.metrics.pairs"},
     {"genssm.pipelines"},
     {"genssm.training", "genssm.data", "genssm.metrics", "genssm.text"},
     {"genssm.models"},
-    {"genssm.layers", "genssm.schedulers", "genssm.single_step_solver", "genssm.solvers"},
+    {"genssm.layers", "genssm.motion", "genssm.schedulers", "genssm.single_step_solver", "genssm.solvers"},
     {
         "genssm.scan_orders",
         "genssm.config",

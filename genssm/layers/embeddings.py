@@ -44,7 +44,15 @@ def unpatchify(tokens: torch.Tensor, grid: tuple[int, int], patch_size: int) -> 
     return x.permute(0, 5, 1, 3, 2, 4).reshape(tokens.shape[0], -1, height * p, width * p)
 
 
-def sinusoidal_features(t: torch.Tensor, dim: int, *, scale: float = 1.0, max_period: float = 10000.0) -> torch.Tensor:
+def sinusoidal_features(
+    t: torch.Tensor,
+    dim: int,
+    *,
+    scale: float = 1.0,
+    max_period: float = 10000.0,
+    sine_first: bool = False,
+    shift: float = 0.0,
+) -> torch.Tensor:
     """Sinusoidal features of a time, cosines first: [cos(scale t f_k), sin(scale t f_k)], f_k = max_period^(-2k/dim).
 
     Args:
@@ -52,6 +60,8 @@ def sinusoidal_features(t: torch.Tensor, dim: int, *, scale: float = 1.0, max_pe
         dim: number of features, even.
         scale: factor on the time, for networks that were trained with another unit.
         max_period: the longest period is 2 pi times this.
+        sine_first: [sin, cos] instead.
+        shift: f_k = max_period^(-k / (dim/2 - shift)); diffusers' ``downscale_freq_shift``.
 
     Returns:
         (B, dim), float32.
@@ -62,12 +72,13 @@ def sinusoidal_features(t: torch.Tensor, dim: int, *, scale: float = 1.0, max_pe
     if dim % 2:
         raise ValueError(f"sinusoidal features come in pairs; dim is {dim}, use an even number")
     half = dim // 2
-    exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
     # Times reach 1000 and devices' float32 exponentials differ in the last bit: round the exact value instead.
     exact = torch.float32 if t.device.type == "mps" else torch.float64
     frequencies = exponents.to(exact).exp().float()
     angles = (t * scale).float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    waves = [angles.sin(), angles.cos()] if sine_first else [angles.cos(), angles.sin()]
+    return torch.cat(waves, dim=-1)
 
 
 class TimestepEmbedding(nn.Module):
@@ -77,12 +88,20 @@ class TimestepEmbedding(nn.Module):
         hidden_size: width D of the result.
         num_features: number of sinusoidal features.
         scale: factor on the time before the features.
+        sine_first, shift: convention of the features, see :func:`sinusoidal_features`.
     """
 
-    def __init__(self, hidden_size: int, num_features: int = 256, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_features: int = 256,
+        scale: float = 1.0,
+        sine_first: bool = False,
+        shift: float = 0.0,
+    ) -> None:
         super().__init__()
         self.num_features = num_features
-        self.scale = scale
+        self.convention = {"scale": scale, "sine_first": sine_first, "shift": shift}
         self.linear_in = nn.Linear(num_features, hidden_size)
         self.linear_out = nn.Linear(hidden_size, hidden_size)
         for linear in (self.linear_in, self.linear_out):
@@ -91,7 +110,7 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """Map times ``t`` (B,) to (B, D), in the dtype of the weights."""
-        features = sinusoidal_features(t, self.num_features, scale=self.scale)
+        features = sinusoidal_features(t, self.num_features, **self.convention)
         return self.linear_out(F.silu(self.linear_in(features.to(self.linear_in.weight.dtype))))
 
 

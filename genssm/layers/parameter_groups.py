@@ -5,8 +5,9 @@ from typing import Any
 from torch import nn
 
 from genssm.layers.directions import DepthwiseTaps
+from genssm.layers.isolated_scans import GroupedLinear
 
-DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, DepthwiseTaps)
+DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, DepthwiseTaps, GroupedLinear)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -6,6 +6,8 @@ from genssm.config import RunConfig, TextConfig
 from genssm.tasks.base import Card, Task
 from genssm.tasks.images import ImageDenoising
 from genssm.tasks.masked_token import MaskedToken
+from genssm.tasks.motion import MotionDenoising
+from genssm.tasks.motion_vae import MotionReconstruction
 from genssm.tasks.next_token import NextToken
 from genssm.tasks.text import TextDenoising
 from genssm.tasks.tokenizer import TokenizerTraining
@@ -17,6 +19,10 @@ TASKS: dict[str, type[Task]] = {
     "dim": ImageDenoising,
     "dimsum": ImageDenoising,
     "maskmamba": MaskedToken,
+    "mld": MotionDenoising,
+    "motion_mamba": MotionDenoising,
+    "motion_mamba_frames": MotionDenoising,
+    "motion_vae": MotionReconstruction,
     "vq": TokenizerTraining,
     "zigma": ImageDenoising,
 }
@@ -26,6 +32,8 @@ __all__ = [
     "Card",
     "ImageDenoising",
     "MaskedToken",
+    "MotionDenoising",
+    "MotionReconstruction",
     "NextToken",
     "Task",
     "TextDenoising",

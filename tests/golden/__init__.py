@@ -18,14 +18,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.golden import aim, dim, dimsum, mamba2, scan_orders, zigma
+from tests.golden import aim, dim, dimsum, mamba2, motion, motion_data, scan_orders, zigma
 from tests.golden.checks import Check
 
 Handler = Callable[[Mapping[str, Any], dict[str, torch.Tensor]], Iterator[Check]]
 
 # model -> kind -> handler(what the JSON says, tensors)
 HANDLERS: dict[str | None, dict[str, Handler]] = {
-    None: dimsum.PARTS | mamba2.PARTS | aim.PARTS,
+    None: {**dimsum.PARTS, **mamba2.PARTS, **aim.PARTS, **motion.KINDS, **motion_data.KINDS},
     "aim": {"network": aim.network},
     "dim": {
         "network": dim.network,
@@ -56,8 +56,8 @@ class Case:
                 keys = list(file.keys())
             if scan_orders.recognises(keys):
                 return "scan orders"
-            kind = mamba2.kind_of_part(keys) or aim.kind_of_part(keys)
-            return kind or dimsum.kind_of_part(self.info, keys) or "unknown"
+            part = mamba2.kind_of_part(keys) or aim.kind_of_part(keys) or dimsum.kind_of_part(self.info, keys)
+            return part or self.info.get("kind") or "unknown"
         return self.info.get("kind") or "network"
 
 

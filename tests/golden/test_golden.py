@@ -14,7 +14,8 @@ from tests.golden.checks import compare
 
 FOLDER = Path(os.environ.get("GENSSM_GOLDEN", Path(__file__).resolve().parents[3] / "shared" / "golden"))
 MODELS = [model for model in HANDLERS if model is not None]
-CASES = [case for model in MODELS if (FOLDER / model).is_dir() for case in find_cases(FOLDER / model)]
+FOLDERS = [*MODELS, "motion"]  # the cases of motion name no model
+CASES = [case for name in FOLDERS if (FOLDER / name).is_dir() for case in find_cases(FOLDER / name)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.path.stem)

@@ -8,6 +8,7 @@ from torch import nn
 from genssm.pipelines.denoising import BatchInvariant
 
 MATRIX = torch.randn(48, 7)
+GROUPS = torch.randn(3, 20, 48)
 CASES = {
     "linear": (nn.Linear(100, 33), (100,)),
     "linear of tokens": (nn.Linear(64, 64), (5, 64)),
@@ -18,6 +19,7 @@ CASES = {
     "transposed": (nn.ConvTranspose2d(8, 4, 2, 2), (8, 5, 5)),
     "matmul": (lambda x: x @ MATRIX, (3, 48)),
     "matmul of rows": (lambda x: torch.matmul(x, MATRIX), (48,)),
+    "einsum of a batch": (lambda x: torch.einsum("bkli,koi->bklo", x, GROUPS), (3, 9, 48)),
     "sigmoid": (torch.sigmoid, (3, 37)),
     "silu": (nn.SiLU(), (3, 37)),
     "softplus": (F.softplus, (3, 37)),
