@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -21,14 +20,13 @@ from genssm.metrics.reconstruction import main as reconstruction_main
 from genssm.metrics.reconstruction import psnr, ssim
 from genssm.tasks import build_task
 from genssm.training.checkpoint import resolve_pipeline
-from tests.training.conftest import _logger_as_before, largest_difference, metrics, weights  # noqa: F401
+from tests.training.conftest import _logger_as_before, forget_processes, largest_difference, metrics, weights  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_train(name: str, folder: Path, *overrides: str) -> Path:
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
+    forget_processes()
     config = str(ROOT / "configs" / "debug" / f"{name}.yaml")
     train.main(["--config", config, f"train.output_dir={folder}", *overrides, "--quiet"])
     return folder

@@ -20,10 +20,15 @@ DEBUG = ROOT / "configs" / "debug" / "zigma.yaml"
 SHORT = ("train.max_train_steps=24", "train.checkpointing_steps=10", "log.sample_every=0", "log.log_every=6")
 
 
-def run_train(folder: Path, *overrides: str, flags: tuple[str, ...] = ("--quiet",)) -> Path:
-    """The command ``train.py`` in this process."""
+def forget_processes() -> None:
+    """Let the next run in this process set up accelerate anew, with a precision of its own."""
     for state in (AcceleratorState, PartialState):
         state._reset_state()
+
+
+def run_train(folder: Path, *overrides: str, flags: tuple[str, ...] = ("--quiet",)) -> Path:
+    """The command ``train.py`` in this process."""
+    forget_processes()
     train.main(["--config", str(DEBUG), *SHORT, f"train.output_dir={folder}", *overrides, *flags])
     return folder
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -26,7 +25,16 @@ from genssm.errors import cli
 from genssm.training.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from genssm.training.guard import NonFiniteError
 from genssm.training.logging import MetricsLog
-from tests.training.conftest import DEBUG, EMA_WEIGHTS, ROOT, SHORT, largest_difference, run_train, weights
+from tests.training.conftest import (
+    DEBUG,
+    EMA_WEIGHTS,
+    ROOT,
+    SHORT,
+    forget_processes,
+    largest_difference,
+    run_train,
+    weights,
+)
 
 STEPS = 24
 PLAIN = ("log.sample_every=0", "train.max_train_steps=3", "data.cache=none")
@@ -40,8 +48,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def refused(capsys: pytest.CaptureFixture, folder: Path, *overrides: str, config: Path = DEBUG) -> str:
     """The one line with which ``train.py`` ends, as a program would."""
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
+    forget_processes()
     arguments = ["--config", str(config), *SHORT, *PLAIN, f"train.output_dir={folder}", *overrides, "--quiet"]
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
@@ -116,8 +123,7 @@ def test_bad_config_files(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     text, message = CONFIGS[name]
     file = tmp_path / "run.yaml"
     file.write_text(text)
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
+    forget_processes()
     with pytest.raises(SystemExit) as end:
         cli(lambda: train.main(["--config", str(file), "--quiet"]))
     error = capsys.readouterr().err

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -17,15 +16,14 @@ from genssm.pipelines import MotionReconstructionPipeline, TextToMotionPipeline
 from genssm.tasks import build_task
 from genssm.training.checkpoint import resolve_pipeline
 from genssm.training.key_frames import key_frame_mask, key_frame_scores
-from tests.training.conftest import ROOT, largest_difference, metrics, weights
+from tests.training.conftest import ROOT, forget_processes, largest_difference, metrics, weights
 
 CONFIGS = ROOT / "configs" / "debug"
 
 
 def run(name: str, folder: Path, *overrides: str) -> Path:
     """``train.py`` on a debug configuration, in this process."""
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
+    forget_processes()
     options = [f"train.output_dir={folder}", *overrides, "--quiet"]
     train.main(["--config", str(CONFIGS / f"{name}.yaml"), *options])
     return folder

@@ -11,6 +11,7 @@ from genssm.models import DiM, ZigMa
 from genssm.pipelines import ClassConditionalImagePipeline
 from genssm.training.objectives import DiffusionObjective
 from genssm.training.start import start_from
+from tests.training.conftest import forget_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "debug" / "dim.yaml"
@@ -26,6 +27,7 @@ def run(folder: Path, *overrides: str) -> DiM:
     """One step of the debug run with a learning rate that moves nothing; the averaged weights."""
     settings = ("train.max_train_steps=1", "train.train_batch_size=4", "train.learning_rate=1e-20")
     settings += (f"train.output_dir={folder}", "log.sample_every=0", *overrides)
+    forget_processes()
     train.main(["--config", str(CONFIG), *settings, "--quiet"])
     return DiM.from_pretrained(folder / "checkpoints" / "step_0000001" / "pipeline", subfolder="denoiser")
 
