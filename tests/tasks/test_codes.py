@@ -135,7 +135,7 @@ def test_tokenizer_trains_in_bfloat16(tmp_path: Path) -> None:
         ("aim", "model.args.vocab_size=32", "vocab_size is 32 but the tokenizer has 64 codes"),
         ("aim", "model.args.sample_size=5", "images have 4x4 codes but model.args.sample_size is 5x5"),
         ("aim", "model.args.num_classes=4", "num_classes is 4 but the data have 10 classes"),
-        ("aim", "model.args.context_dim=4", "these data have no text"),
+        ("aim", "model.args.context_dim=4", "the data have none; set data.caption"),
         ("aim", "train.class_dropout_prob=0", "needs a null class that was trained"),
         ("aim", "data.vae=null", "needs its tokenizer"),
         ("aim", "data.resolution=9", "set data.channels and data.resolution"),
