@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import sample
-import train
 from genssm.config import load_config
 from genssm.data.codes import load_tokenizer
 from genssm.data.encode_codes import encode_codes
@@ -20,22 +18,8 @@ from genssm.metrics.reconstruction import main as reconstruction_main
 from genssm.metrics.reconstruction import psnr, ssim
 from genssm.tasks import build_task
 from genssm.training.checkpoint import resolve_pipeline
-from tests.training.conftest import _logger_as_before, forget_processes, largest_difference, metrics, weights  # noqa: F401
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run_train(name: str, folder: Path, *overrides: str) -> Path:
-    forget_processes()
-    config = str(ROOT / "configs" / "debug" / f"{name}.yaml")
-    train.main(["--config", config, f"train.output_dir={folder}", *overrides, "--quiet"])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The shipped debug run of the tokenizer, as it is."""
-    yield run_train("vq", tmp_path_factory.mktemp("vq") / "run")
+from tests.tasks.conftest import ROOT, run_train
+from tests.training.conftest import _logger_as_before, largest_difference, metrics, weights  # noqa: F401
 
 
 def test_tokenizer_learns(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
