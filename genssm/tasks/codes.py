@@ -23,6 +23,7 @@ class CodeModelling(Task):
     """
 
     component = "model"
+    measurable = True
     reads_text = False
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
@@ -78,11 +79,12 @@ class CodeModelling(Task):
         what, option, dropped = "null class", "train.class_dropout_prob", train.class_dropout_prob
         if self.reads_text:
             what, option, dropped = "null text", "text.dropout_prob", self.config.text.dropout_prob
-        if self.config.log.guidance_scale != 1 and not dropped:
-            raise ValueError(
-                f"log.guidance_scale={self.config.log.guidance_scale} needs a {what} that was trained; "
-                f"set it to 1, or {option} to 0.1"
-            )
+        for section in ("log", "evaluate"):
+            scale = getattr(self.config, section).guidance_scale
+            if scale != 1 and not dropped:
+                raise ValueError(
+                    f"{section}.guidance_scale={scale} needs a {what} that was trained; set it to 1, or {option} to 0.1"
+                )
 
     def codes(self, batch: dict[str, Any]) -> torch.Tensor:
         """Codes (B, T) of a batch."""
