@@ -134,7 +134,9 @@ def choose_texts(pipe: DiffusionPipeline, args: argparse.Namespace) -> dict:
     """Texts to go through and to lead away from, as far as they are given; refuses what does not fit the model."""
     reads = bool(pipe.denoiser.config.get("context_dim"))
     if reads and "prompt" not in known(pipe):
-        raise ValueError(f"a {type(pipe).__name__} takes texts as prompt_embeds only; call it from Python")
+        raise ValueError(
+            f"this model reads text, but a {type(pipe).__name__} takes no prompt; save it in one that does"
+        )
     if reads and (args.prompt is None or args.class_labels is not None):
         raise ValueError("this model reads text; give --prompt and no --class-labels")
     if not reads and (args.prompt is not None or args.negative_prompt is not None):

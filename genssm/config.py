@@ -166,7 +166,7 @@ class LogConfig:
     prompts: list[str] = key(
         "texts of the grid, over and over; none: captions of the data", factory=list, resumable=True
     )
-    num_inference_steps: int = key("sampler steps for grids", 50, resumable=True)
+    num_inference_steps: int = key("sampler steps for grids; aim has none", 50, resumable=True)
     guidance_scale: float = key("classifier-free guidance for grids; 1 is none", 1.0, resumable=True)
 
 
@@ -181,7 +181,7 @@ class EvaluateConfig:
     )
     features: str = key("feature network: inception, classifier:FILE, ...", "inception", resumable=True)
     weights: str | None = key("weight file for inception; null takes the cached one", None, resumable=True)
-    num_inference_steps: int = key("sampler steps", 50, resumable=True)
+    num_inference_steps: int = key("sampler steps; aim has none", 50, resumable=True)
     guidance_scale: float = key("classifier-free guidance; 1 is none", 1.0, resumable=True)
     seed: int = key("image i starts from the noise of seed + i", 0, resumable=True)
     batch_size: int = key("images at once in each process", 64, resumable=True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers import ImagePipelineOutput, ModelMixin
 
-from genssm.pipelines.code_images import CodePipeline, Labels, guidance_scales
+from genssm.pipelines.code_images import CodePipeline, Labels, Texts, guidance_scales
 from genssm.pipelines.denoising import Generators
 from genssm.pipelines.token_decoding import TokenDecoder, draw_uniform
 from genssm.pipelines.token_sampling import TokenSampling
@@ -23,13 +23,21 @@ class AutoregressiveImagePipeline(CodePipeline):
         model: draws the codes.
         vqvae: shows them.
         class_names: name of each class, so that labels can be given by name.
+        text_encoder: of a model that reads text, a :class:`genssm.models.TextEncoder` or an encoder of transformers;
+            None if every call gives embeddings.
+        tokenizer: the tokenizer that belongs to it.
     """
 
-    model_cpu_offload_seq = "model->vqvae"
-
-    def __init__(self, model: ModelMixin, vqvae: ModelMixin, class_names: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelMixin,
+        vqvae: ModelMixin,
+        class_names: list[str] | None = None,
+        text_encoder: torch.nn.Module | None = None,
+        tokenizer: object | None = None,
+    ) -> None:
         super().__init__()
-        self._register(model, vqvae, class_names)
+        self._register(model, vqvae, class_names, text_encoder, tokenizer)
         self._decoder: tuple[Any, TokenDecoder] | None = None
 
     @torch.no_grad()
@@ -38,8 +46,12 @@ class AutoregressiveImagePipeline(CodePipeline):
         class_labels: Labels = None,
         *,
         num_images: int | None = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -60,8 +72,12 @@ class AutoregressiveImagePipeline(CodePipeline):
             class_labels: one label for all images or one for each, as index or name; None for a model without classes,
                 or for the null class of one with classes.
             num_images: how many; by default as many as labels or texts, or 1.
-            prompt_embeds: text tokens for a text-conditional model, (B, S, context_dim); None for the null text.
-            prompt_attention_mask: (B, S), True (or 1) where a text token counts.
+            prompt: for a text-conditional model: one text for all images or one for each; None or "" is the null text.
+            negative_prompt: what guidance leads away from, one for all or one for each prompt; the null text by
+                default. Without guidance it has no effect and is refused.
+            prompt_embeds, negative_prompt_embeds: instead of the texts, what :meth:`encode_prompt` makes of them,
+                (B, S, context_dim).
+            prompt_attention_mask, negative_prompt_attention_mask: their masks, (B, S); None: every token counts.
             temperature: divides the logits; 0 takes the best code.
             top_k: draw from the k best codes; 0 from all.
             top_p: then from the best codes that together have this probability; 1 from all.
@@ -91,15 +107,19 @@ class AutoregressiveImagePipeline(CodePipeline):
         """
         self._interrupt = False
         sampling = TokenSampling(1.0 if as_released else temperature, top_k, top_p)
-        labels, num_images = self._resolve(class_labels, num_images, prompt_embeds)
+        device, tokens = self._execution_device, self.model.num_tokens
+        scales = guidance_scales(guidance_scale, guidance_schedule, tokens, device)
+        self._guided = guided = as_released or bool((scales != 1).any())
+        texts = Texts(
+            prompt, negative_prompt,
+            (prompt_embeds, prompt_attention_mask), (negative_prompt_embeds, negative_prompt_attention_mask),
+        )  # fmt: skip
+        labels, num_images = self._resolve(class_labels, num_images, texts)
         self._check_call(num_images, generator, output_type, callback_on_step_end_tensor_inputs)
         self._check_given(codes, num_images)
         if as_released and isinstance(generator, Sequence):
             raise ValueError("as_released draws all images with one generator; pass one, not a list")
-        device, tokens = self._execution_device, self.model.num_tokens
-        scales = guidance_scales(guidance_scale, guidance_schedule, tokens, device)
-        guided = as_released or bool((scales != 1).any())
-        condition = self._condition(labels, prompt_embeds, prompt_attention_mask, num_images, guided, device)
+        condition = self._condition(labels, texts, num_images, device)
         uniform = draw_uniform((num_images, tokens), None if as_released else generator, device)
 
         capture = cuda_graph and device.type == "cuda" and not as_released and not self._offloads

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -10,7 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 
 from genssm.models import AiM, MaskMamba, VQTokenizer
 from genssm.paths import check_choice
-from genssm.pipelines.conditions import Condition, Label, LabelConditions
+from genssm.pipelines.conditions import Condition, Label, LabelConditions, TextConditions
 from genssm.pipelines.denoising import OUTPUT_TYPES, Generators
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -46,9 +46,25 @@ def guidance_scales(
     return 1 + (scale - 1) * rise
 
 
-class CodePipeline(LabelConditions, DiffusionPipeline):
+class Texts(NamedTuple):
+    """The texts of a call, or what an encoder has made of them with its mask, beside what guidance leads away from."""
+
+    prompt: str | Sequence[str] | None
+    negative_prompt: str | Sequence[str] | None
+    embeds: tuple[torch.Tensor | None, torch.Tensor | None]
+    negative_embeds: tuple[torch.Tensor | None, torch.Tensor | None]
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a text."""
+        return self.prompt is not None or self.embeds[0] is not None
+
+
+class CodePipeline(LabelConditions, TextConditions, DiffusionPipeline):
     """Shared parts of the pipelines of codes; a subclass shows the loop that draws them."""
 
+    model_cpu_offload_seq = "text_encoder->model->vqvae"
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["codes"]
 
     def _register(
@@ -56,6 +72,8 @@ class CodePipeline(LabelConditions, DiffusionPipeline):
         model: ModelMixin,
         vqvae: ModelMixin,
         class_names: list[str] | None,
+        text_encoder: torch.nn.Module | None,
+        tokenizer: object | None,
         **components: SchedulerMixin,
     ) -> None:
         """Keep the components, checked against each other."""
@@ -64,9 +82,11 @@ class CodePipeline(LabelConditions, DiffusionPipeline):
             raise ValueError(f"{len(class_names)} class_names for a model of {classes} classes")
         if model.config.vocab_size != vocabulary:
             raise ValueError(f"the model draws {model.config.vocab_size} codes but the tokenizer knows {vocabulary}")
-        self.register_modules(model=model, vqvae=vqvae, **components)
+        if text_encoder is not None and not model.config.context_dim:
+            raise ValueError("a text_encoder is given but this model reads no text (context_dim is 0)")
+        self.register_modules(model=model, vqvae=vqvae, text_encoder=text_encoder, tokenizer=tokenizer, **components)
         self.register_to_config(class_names=class_names)
-        self._interrupt = False
+        self._guided, self._interrupt = False, False
 
     @classmethod
     def _get_signature_types(cls) -> dict[str, tuple[type, ...]]:
@@ -79,6 +99,10 @@ class CodePipeline(LabelConditions, DiffusionPipeline):
         return self.model
 
     @property
+    def _is_guided(self) -> bool:
+        return self._guided
+
+    @property
     def native_size(self) -> tuple[int, int]:
         """(height, width) of the images in pixels."""
         return tuple(side * self.vqvae.scale_factor for side in self.model.grid)
@@ -88,17 +112,19 @@ class CodePipeline(LabelConditions, DiffusionPipeline):
         """Set ``pipe._interrupt = True`` in a callback to stop after that step."""
         return self._interrupt
 
-    def _resolve(
-        self, class_labels: Labels, num_images: int | None, prompt_embeds: torch.Tensor | None
-    ) -> tuple[list[int] | None, int]:
-        """Labels and number of images, which texts may tell, too."""
-        if prompt_embeds is None:
+    def _resolve(self, class_labels: Labels, num_images: int | None, texts: Texts) -> tuple[list[int] | None, int]:
+        """Labels and number of images, which texts may tell, too: one for each image, or one for all."""
+        if not texts.given:
+            if texts.negative_prompt is not None or texts.negative_embeds[0] is not None:
+                raise ValueError('a negative prompt needs a prompt; give one, "" for no text')
             return self.resolve_labels(class_labels, num_images)
         if not self.model.config.context_dim:
-            raise ValueError("prompt_embeds are given but this model reads no text; leave them out")
-        if num_images not in (None, len(prompt_embeds)):
-            raise ValueError(f"{len(prompt_embeds)} prompt_embeds for num_images={num_images}; pass one per image")
-        return self.resolve_labels(class_labels, len(prompt_embeds))
+            kind = "prompt_embeds" if texts.prompt is None else "prompt"
+            raise ValueError(f"{kind} given but this model reads no text (context_dim is 0); leave it out")
+        count = self._count_prompts(*texts, 1)
+        if num_images is not None and count not in (1, num_images):
+            raise ValueError(f"{count} prompts for num_images={num_images}; pass one prompt, or one per image")
+        return self.resolve_labels(class_labels, count if num_images is None else num_images)
 
     def _check_call(
         self,
@@ -117,39 +143,30 @@ class CodePipeline(LabelConditions, DiffusionPipeline):
         if unknown:
             raise ValueError(f"a callback cannot be given {unknown}; it can be given {self._callback_tensor_inputs}")
 
-    def _condition(
-        self,
-        labels: list[int] | None,
-        text: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        num_images: int,
-        guided: bool,
-        device: torch.device,
-    ) -> Condition:
+    def _condition(self, labels: list[int] | None, texts: Texts, num_images: int, device: torch.device) -> Condition:
         """Arguments of the model, (R, ...) each; under guidance the second half is without the condition."""
+        if self._guided and labels is None and not texts.given:
+            raise ValueError("guidance_scale needs a class or a text, and none is given; leave it at 1")
         condition: Condition = {}
         null = self.model.null_class_label
         if null is not None:
             own = torch.full((num_images,), null) if labels is None else torch.tensor(labels)
-            halves = [own, torch.full((num_images,), null)] if guided else [own]
+            halves = [own, torch.full((num_images,), null)] if self._guided else [own]
             condition["class_labels"] = torch.cat(halves).to(device)
         if self.model.config.context_dim:
-            condition |= self._text(text, mask, num_images, guided, device)
-        if guided and labels is None and text is None:
-            raise ValueError("guidance_scale needs a class or a text, and none is given; leave it at 1")
+            condition |= self._text(texts, num_images, device)
         return condition
 
-    def _text(
-        self, text: torch.Tensor | None, mask: torch.Tensor | None, num_images: int, guided: bool, device: torch.device
-    ) -> Condition:
-        """The text's part of the condition; a text of no tokens is the null text."""
-        if text is None:
-            text = torch.zeros(num_images, 0, self.model.config.context_dim)
-            mask = None
-        mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if mask is None else mask.bool()
-        if guided:
-            text, mask = torch.cat([text, text]), torch.cat([mask, torch.zeros_like(mask)])
-        return {"encoder_hidden_states": text.to(device), "encoder_attention_mask": mask.to(device)}
+    def _text(self, texts: Texts, num_images: int, device: torch.device) -> Condition:
+        """The texts' part of the condition; a text of no tokens is the null text."""
+        if not texts.given:
+            rows = 2 * num_images if self._guided else num_images
+            states = torch.zeros(rows, 0, self.model.config.context_dim, dtype=self.model.dtype, device=device)
+            mask = torch.zeros(rows, 0, dtype=torch.bool, device=device)
+            return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+        count = self._count_prompts(*texts, 1)
+        given, null = self._text_conditions(*texts, num_images // count, device)
+        return {key: torch.cat([value, null[key]]) if null else value for key, value in given.items()}
 
     def _decode(self, codes: torch.Tensor, present: torch.Tensor, output_type: str) -> Any:
         """Codes (B, T), where ``present``, (B, T), to images; grey elsewhere."""

@@ -89,6 +89,11 @@ class TextConditions:
     model_cpu_offload_seq = "text_encoder->denoiser->vae"
     _optional_components: ClassVar[list[str]] = ["vae", "text_encoder", "tokenizer"]
 
+    @property
+    def _is_guided(self) -> bool:
+        """Whether the call in progress uses guidance."""
+        return self._guidance.scale != 1
+
     @classmethod
     def _get_signature_types(cls) -> dict[str, tuple[type, ...]]:
         # from_pipe compares exact types of diffusers' models; the classes of transformers are not imported for this.
@@ -119,7 +124,7 @@ class TextConditions:
         parts = [texts[i : i + at_once] for i in range(0, len(texts), at_once)]
         encoded = [encode_texts(self.tokenizer, self.text_encoder, part, device) for part in parts]
         states, mask = (torch.cat(part) for part in zip(*encoded))
-        if self.config.read_padding:
+        if self.config.get("read_padding"):
             mask = torch.ones_like(mask)
         if self.denoiser.has_null_text:
             mask[torch.tensor([not text.strip() for text in texts], device=device)] = False
@@ -140,13 +145,13 @@ class TextConditions:
         if negative_prompt is None and negative_embeds[0] is None:
             if negative_embeds[1] is not None:
                 raise ValueError("negative_prompt_attention_mask belongs to negative_prompt_embeds; pass both")
-            if self._guidance.scale != 1 and not self.denoiser.has_null_text and self.text_encoder is None:
+            if self._is_guided and not self.denoiser.has_null_text and self.text_encoder is None:
                 raise ValueError(
                     "guidance needs a null text; this denoiser has none of its own and the pipeline no text encoder: "
                     "pass negative_prompt_embeds or leave guidance_scale at 1"
                 )
         else:
-            if self._guidance.scale == 1:
+            if not self._is_guided:
                 raise ValueError("a negative prompt takes effect through guidance; set guidance_scale above 1")
             negatives = self._check_text(negative_prompt, *negative_embeds, "negative_prompt")
             if negatives not in (1, count):
@@ -192,7 +197,7 @@ class TextConditions:
     ) -> tuple[Condition, Condition]:
         """Arguments of the denoiser with the condition, and without it (empty where there is no guidance)."""
         condition = self._encoded(prompt, *embeds, device)
-        if self._guidance.scale == 1:
+        if not self._is_guided:
             return _repeated(condition, per_prompt), {}
         count, length = condition["encoder_attention_mask"].shape
         if negative_prompt is None and negative_embeds[0] is None:

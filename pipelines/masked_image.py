@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from diffusers import AmusedScheduler, ImagePipelineOutput, ModelMixin
 
-from genssm.pipelines.code_images import CodePipeline, Condition, Labels, guidance_scales
+from genssm.pipelines.code_images import CodePipeline, Condition, Labels, Texts, guidance_scales
 from genssm.pipelines.denoising import BatchInvariant, Generators
 from genssm.pipelines.token_sampling import TokenSampling, filter_logits
 
@@ -22,9 +22,10 @@ class MaskedImagePipeline(CodePipeline):
         vqvae: shows them.
         scheduler: says how many codes stay masked after each step, and which.
         class_names: name of each class, so that labels can be given by name.
+        text_encoder: of a model that reads text, a :class:`genssm.models.TextEncoder` or an encoder of transformers;
+            None if every call gives embeddings.
+        tokenizer: the tokenizer that belongs to it.
     """
-
-    model_cpu_offload_seq = "model->vqvae"
 
     def __init__(
         self,
@@ -32,13 +33,15 @@ class MaskedImagePipeline(CodePipeline):
         vqvae: ModelMixin,
         scheduler: AmusedScheduler,
         class_names: list[str] | None = None,
+        text_encoder: torch.nn.Module | None = None,
+        tokenizer: object | None = None,
     ) -> None:
         super().__init__()
         if scheduler.config.mask_token_id != model.mask_code:
             raise ValueError(
                 f"the scheduler masks with {scheduler.config.mask_token_id} but the model with {model.mask_code}"
             )
-        self._register(model, vqvae, class_names, scheduler=scheduler)
+        self._register(model, vqvae, class_names, text_encoder, tokenizer, scheduler=scheduler)
 
     @torch.no_grad()
     def __call__(
@@ -46,8 +49,12 @@ class MaskedImagePipeline(CodePipeline):
         class_labels: Labels = None,
         *,
         num_images: int | None = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
         num_inference_steps: int = 12,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -68,8 +75,12 @@ class MaskedImagePipeline(CodePipeline):
             class_labels: one label for all images or one for each, as index or name; None for a model without classes,
                 or for the null class of one with classes.
             num_images: how many; by default as many as labels or texts, or 1.
-            prompt_embeds: text tokens for a text-conditional model, (B, S, context_dim); None for the null text.
-            prompt_attention_mask: (B, S), True (or 1) where a text token counts.
+            prompt: for a text-conditional model: one text for all images or one for each; None or "" is the null text.
+            negative_prompt: what guidance leads away from, one for all or one for each prompt; the null text by
+                default. Without guidance it has no effect and is refused.
+            prompt_embeds, negative_prompt_embeds: instead of the texts, what :meth:`encode_prompt` makes of them,
+                (B, S, context_dim).
+            prompt_attention_mask, negative_prompt_attention_mask: their masks, (B, S); None: every token counts.
             num_inference_steps: steps from all masked to none.
             temperature: divides the logits; not 0, since a step draws.
             top_k: draw from the k best codes; 0 from all.
@@ -98,12 +109,16 @@ class MaskedImagePipeline(CodePipeline):
                 f"temperature is {temperature} and num_inference_steps {num_inference_steps}; expected more than 0 "
                 "and at least 1"
             )
-        labels, num_images = self._resolve(class_labels, num_images, prompt_embeds)
+        scales = guidance_scales(guidance_scale, guidance_schedule, num_inference_steps)
+        self._guided = guided = bool((scales != 1).any())
+        texts = Texts(
+            prompt, negative_prompt,
+            (prompt_embeds, prompt_attention_mask), (negative_prompt_embeds, negative_prompt_attention_mask),
+        )  # fmt: skip
+        labels, num_images = self._resolve(class_labels, num_images, texts)
         self._check_call(num_images, generator, output_type, callback_on_step_end_tensor_inputs)
         device, mask_code = self._execution_device, self.model.mask_code
-        scales = guidance_scales(guidance_scale, guidance_schedule, num_inference_steps)
-        guided = bool((scales != 1).any())
-        condition = self._condition(labels, prompt_embeds, prompt_attention_mask, num_images, guided, device)
+        condition = self._condition(labels, texts, num_images, device)
         codes = self._start(codes, num_images).to(device)  # (B, T)
         shares = (codes == mask_code).float().mean(dim=1).tolist()
 

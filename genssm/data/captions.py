@@ -71,6 +71,12 @@ def from_sidecars(files: Sequence[Path]) -> Captions:
     return tuple(captions)
 
 
+def from_folder(folder: Path) -> Captions | None:
+    """The captions in the folder of an encoded data set, ``captions.json``; None where there are none."""
+    file = folder / "captions.json"
+    return tuple(map(tuple, read_json(read_text(file), file))) if file.is_file() else None
+
+
 def read_text(file: Path) -> str:
     """A UTF-8 text file.
 

@@ -1,4 +1,7 @@
-"""Data sets of codes of a VQ tokenizer, and the tokenizer: ``{"codes": int64 (T,), "class_labels": int}``."""
+"""Data sets of codes of a VQ tokenizer, and the tokenizer.
+
+An item is ``{"codes": int64 (T,), "class_labels": int, "text": str}``, labels and text where there are some.
+"""
 
 import json
 import math
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from genssm.data.captions import Captions, draw_caption, from_folder, mirrors
 from genssm.models import VQTokenizer
 from genssm.training.checkpoint import latest_checkpoint
 
@@ -26,6 +30,7 @@ class CodeStore:
         class_names: names of the classes.
         grid: rows and columns of codes.
         num_codes: size of the vocabulary, None where nothing says it.
+        captions: texts of each item, or None.
     """
 
     read: Callable[[int], np.ndarray]
@@ -34,6 +39,7 @@ class CodeStore:
     class_names: tuple[str, ...]
     grid: tuple[int, int]
     num_codes: int | None
+    captions: Captions | None = None
 
 
 def open_codes(path: str | None, split: str, *, flip: bool = False) -> "CodeDataset":
@@ -54,14 +60,14 @@ def open_codes(path: str | None, split: str, *, flip: bool = False) -> "CodeData
 
 
 def _own(root: Path) -> CodeStore | None:
-    """``codes.npy`` (N, A, T), ``labels.npy``, ``meta.json``: what ``python -m genssm.data.encode_codes`` writes."""
+    """``codes.npy`` (N, A, T), ``meta.json``, perhaps ``labels.npy``, ``captions.json``, of ``data.encode_codes``."""
     if not (root / "meta.json").is_file() or not (root / "codes.npy").is_file():
         return None
     meta = json.loads((root / "meta.json").read_text(encoding="utf-8"))
     codes = np.load(root / "codes.npy", mmap_mode="r")
     labels = np.load(root / "labels.npy") if (root / "labels.npy").is_file() else None
-    names = tuple(meta["class_names"])
-    return CodeStore(lambda i: codes[i], len(codes), labels, names, tuple(meta["grid"]), meta["num_codes"])
+    names, grid, captions = tuple(meta["class_names"]), tuple(meta["grid"]), from_folder(root)
+    return CodeStore(lambda i: codes[i], len(codes), labels, names, grid, meta["num_codes"], captions)
 
 
 def _pairs(root: Path) -> CodeStore | None:
@@ -90,14 +96,15 @@ def _pairs(root: Path) -> CodeStore | None:
 class CodeDataset(torch.utils.data.Dataset):
     """Stored codes.
 
-    ``dataset[i]`` is the first view; ``dataset.item(i, key)`` draws a view (a crop, a mirrored copy) by the key.
+    ``dataset[i]`` is the first view; ``dataset.item(i, key)`` draws a view (a crop, a mirrored copy) by the key. Under
+    a caption that names left or right the view is not mirrored.
 
     Args:
         store: the arrays.
         flip: draw from the mirrored views, too.
 
     Attributes:
-        num_classes, class_names, labels, item_shape: as :class:`genssm.data.images.ImageDataset`.
+        num_classes, class_names, labels, captions, item_shape: as :class:`genssm.data.images.ImageDataset`.
         grid: rows and columns of codes.
         num_codes: size of the vocabulary, or None.
     """
@@ -113,6 +120,9 @@ class CodeDataset(torch.utils.data.Dataset):
         self.labels, self.grid, self.num_codes = store.labels, store.grid, store.num_codes
         if self.labels is not None and len(self.labels) != store.rows:
             raise ValueError(f"{store.rows} rows of codes but {len(self.labels)} labels")
+        self.captions = store.captions
+        if self.captions is not None and len(self.captions) != store.rows:
+            raise ValueError(f"{store.rows} rows of codes but captions of {len(self.captions)}; encode them again")
         count = 0 if self.labels is None else int(self.labels.max()) + 1
         self.class_names = store.class_names or tuple(str(i) for i in range(count))
         self.num_classes = len(self.class_names)
@@ -123,8 +133,13 @@ class CodeDataset(torch.utils.data.Dataset):
 
     def item(self, index: int, key: int | None) -> dict[str, Any]:
         """One training item; ``key`` decides which view, None takes the first."""
+        text = None if self.captions is None else draw_caption(self.captions[index], key)
         view = 0 if key is None else int(key) % self.views
+        if self.flip and text is not None and not mirrors(text):
+            view %= self.views // 2
         item: dict[str, Any] = {"codes": torch.from_numpy(self.store.read(index)[view].astype(np.int64))}
+        if text is not None:
+            item["text"] = text
         if self.labels is not None:
             item["class_labels"] = int(self.labels[index])
         return item
@@ -142,16 +157,23 @@ class CachedCodes:
     """
 
     def __init__(self, dataset: CodeDataset, device: torch.device | str = "cpu") -> None:
-        self.views = dataset.views
+        self.views, self.flip, self.captions = dataset.views, dataset.flip, dataset.captions
         arrays = np.stack([dataset.store.read(row)[: self.views] for row in range(len(dataset))])
         self.codes = torch.from_numpy(arrays.astype(np.int32)).to(device)  # (N, A, T)
         self.labels = None if dataset.labels is None else torch.from_numpy(dataset.labels).to(device)
 
-    def batch(self, indices: np.ndarray, keys: np.ndarray) -> Mapping[str, torch.Tensor]:
+    def batch(self, indices: np.ndarray, keys: np.ndarray) -> Mapping[str, torch.Tensor | list[str]]:
         """The items ``indices`` with their keys (uint64), equal to those of the data set, stacked."""
         rows = torch.from_numpy(indices).to(self.codes.device)
-        views = torch.from_numpy((keys % np.uint64(self.views)).astype(np.int64)).to(self.codes.device)
-        batch = {"codes": self.codes[rows, views].long()}
+        views, texts = (keys % np.uint64(self.views)).astype(np.int64), None
+        if self.captions is not None:
+            texts = [draw_caption(self.captions[i], int(key)) for i, key in zip(indices, keys)]
+            if self.flip:
+                views = np.where([mirrors(text) for text in texts], views, views % (self.views // 2))
+        views = torch.from_numpy(views).to(self.codes.device)
+        batch: dict[str, torch.Tensor | list[str]] = {"codes": self.codes[rows, views].long()}
+        if texts is not None:
+            batch["text"] = texts
         if self.labels is not None:
             batch["class_labels"] = self.labels[rows]
         return batch

@@ -1,9 +1,9 @@
 """Encode a data set once with a VQ tokenizer: ``python -m genssm.data.encode_codes --tokenizer RUN --out FOLDER ...``
 
 The result is a folder that ``data.name: codes`` reads: ``codes.npy`` (images, views, codes; memory-mapped),
-``labels.npy`` and ``meta.json`` with checksums (:mod:`genssm.data.blocks`). It is written beside its final place and
-renamed when complete; a command that was stopped continues where it was, and under ``accelerate launch`` or
-``torchrun`` the processes share the work.
+``labels.npy``, ``captions.json`` and ``meta.json`` with checksums (:mod:`genssm.data.blocks`). It is written beside its
+final place and renamed when complete; a command that was stopped continues where it was, and under ``accelerate
+launch`` or ``torchrun`` the processes share the work.
 """
 
 import argparse
@@ -75,6 +75,10 @@ def encode_codes(
         "data": dataclasses.asdict(config),
     }
 
+    beside = {} if dataset.labels is None else {"labels.npy": dataset.labels}
+    if dataset.captions is not None:
+        beside["captions.json"] = dataset.captions
+
     def compute(start: int, stop: int) -> np.ndarray:
         images = torch.from_numpy(np.stack([dataset.pixels(row) for row in range(start, stop)]))
         images = to_model_range(images).to(device)
@@ -88,7 +92,7 @@ def encode_codes(
         compute,
         shape=(rows, views, height * width),
         dtype=np.uint16 if vocabulary <= 2**16 else np.int32,
-        beside={} if dataset.labels is None else {"labels.npy": dataset.labels},
+        beside=beside,
         batch_size=batch_size,
         quiet=quiet,
     )

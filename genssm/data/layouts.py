@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from genssm.data.captions import Captions
+from genssm.data.captions import Captions, from_folder
 from genssm.data.sources import rank_classes
 
 SD_SCALE = 0.18215  # latents of the first Stable Diffusion VAEs times this have about unit deviation
@@ -51,8 +51,7 @@ def _own(root: Path) -> Store | None:
     latents = np.load(root / "latents.npy", mmap_mode="r")
     labels = np.load(root / "labels.npy") if (root / "labels.npy").is_file() else None
     declared = {name: meta[name] for name in ("form", "scaled", "scale", "shift", "flip_rows")}
-    file = root / "captions.json"
-    captions = tuple(map(tuple, json.loads(file.read_text(encoding="utf-8")))) if file.is_file() else None
+    captions = from_folder(root)
     return Store(lambda i: latents[i], len(latents), labels, tuple(meta.get("class_names", ())), declared, captions)
 
 

@@ -1,6 +1,7 @@
 """Evaluate samples against real images: ``python -m genssm.metrics.fid --help``."""
 
 import argparse
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,7 @@ def _draw(path: Path, options: argparse.Namespace, extractor: FeatureExtractor, 
     if count is None:
         raise ValueError(f"{path} is a model; say how many images to draw with --num-samples")
     pipeline, folder = load_pipeline(path, extractor.device, getattr(torch, options.dtype or "float32"))
+    _refuse_idle_options(pipeline, options)
     if options.scheduler is not None:
         pipeline.scheduler = swap_scheduler(pipeline.scheduler, options.scheduler)
     num_classes = pipeline.denoiser.config.get("num_classes", 0)
@@ -172,6 +174,17 @@ def _draw(path: Path, options: argparse.Namespace, extractor: FeatureExtractor, 
     source = PipelineSource(pipeline, str(path), count, classes, seed, **call)
     protocol = sampling_protocol(source, labels, folder)
     return _collect(source, extractor, options), protocol, model_facts(folder)
+
+
+def _refuse_idle_options(pipeline: Any, options: argparse.Namespace) -> None:
+    """Refuse options that the pipeline does not know, such as steps where codes are drawn one by one."""
+    known = inspect.signature(type(pipeline).__call__).parameters
+    idle = [key for key in SETTINGS if getattr(options, key) is not None and key not in known]
+    if options.scheduler is not None and "scheduler" not in pipeline.components:
+        idle.append("scheduler")
+    if idle:
+        names = ", ".join("--" + key.replace("_", "-") for key in idle)
+        raise ValueError(f"{names}: no option of {type(pipeline).__name__}; leave it out")
 
 
 def load_pipeline(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Path]:

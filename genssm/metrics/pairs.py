@@ -169,7 +169,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     folder = resolve_pipeline(options.model)
     pipe = DiffusionPipeline.from_pretrained(folder)
     if not isinstance(pipe, TextToImagePipeline):
-        raise ValueError(f"{folder} holds a {type(pipe).__name__}, which draws no texts")
+        raise ValueError(f"{folder} holds a {type(pipe).__name__}; pairs are measured of a TextToImagePipeline")
     if options.scheduler:
         pipe.scheduler = swap_scheduler(pipe.scheduler, options.scheduler)
     pipe = pipe.to(options.device)

@@ -273,6 +273,11 @@ class AiM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return self.label_embed.null_label if self.config.num_classes else None
 
     @property
+    def has_null_text(self) -> bool:
+        """Whether the model knows what no text is; it does if it reads text."""
+        return self.context_embed is not None
+
+    @property
     def null_encoder_hidden_states(self) -> torch.Tensor | None:
         """The learned null text token, (context_dim,); None without text."""
         return None if self.context_embed is None else self.context_embed.null

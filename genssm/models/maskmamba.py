@@ -214,6 +214,11 @@ class MaskMamba(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return None if self.label_embed is None else self.label_embed.null_label
 
     @property
+    def has_null_text(self) -> bool:
+        """Whether the model knows what no text is; it does if it reads text."""
+        return self.context_embed is not None
+
+    @property
     def null_encoder_hidden_states(self) -> torch.Tensor | None:
         """The learned null text token, (context_dim,); None without text."""
         return None if self.context_embed is None else self.context_embed.null

@@ -5,10 +5,10 @@ import torch
 from genssm.config import RunConfig, TextConfig
 from genssm.tasks.base import Card, Task
 from genssm.tasks.images import ImageDenoising
-from genssm.tasks.masked_token import MaskedToken
+from genssm.tasks.masked_token import MaskedToken, TextMaskedToken
 from genssm.tasks.motion import MotionDenoising
 from genssm.tasks.motion_vae import MotionReconstruction
-from genssm.tasks.next_token import NextToken
+from genssm.tasks.next_token import NextToken, TextNextToken
 from genssm.tasks.text import TextDenoising
 from genssm.tasks.tokenizer import TokenizerTraining
 from genssm.tasks.video import TextVideoDenoising, VideoDenoising
@@ -26,6 +26,13 @@ TASKS: dict[str, type[Task]] = {
     "vq": TokenizerTraining,
     "zigma": ImageDenoising,
 }
+# what a task becomes when the model reads text
+UNDER_CAPTIONS: dict[type[Task], type[Task]] = {
+    ImageDenoising: TextDenoising,
+    MaskedToken: TextMaskedToken,
+    NextToken: TextNextToken,
+    VideoDenoising: TextVideoDenoising,
+}
 
 __all__ = [
     "TASKS",
@@ -37,6 +44,8 @@ __all__ = [
     "NextToken",
     "Task",
     "TextDenoising",
+    "TextMaskedToken",
+    "TextNextToken",
     "TextVideoDenoising",
     "TokenizerTraining",
     "VideoDenoising",
@@ -53,19 +62,20 @@ def build_task(config: RunConfig, device: torch.device) -> Task:
     """
     if config.model.name not in TASKS:
         raise ValueError(f"model.name={config.model.name!r}: expected one of {', '.join(TASKS)}")
-    task = TASKS[config.model.name]
-    if task is ImageDenoising:
-        task = _denoising(config)
+    task = _variant(TASKS[config.model.name], config)
     if config.align.encoder is not None and not issubclass(task, ImageDenoising):
         raise ValueError(f"align.encoder is for denoisers of images, not for model.name={config.model.name}")
     return task(config, device)
 
 
-def _denoising(config: RunConfig) -> type[Task]:
-    """What a denoiser's arguments make of its training."""
-    video = bool(config.model.args.get("num_frames"))
+def _variant(task: type[Task], config: RunConfig) -> type[Task]:
+    """What a model's arguments make of its training."""
+    if task is ImageDenoising and config.model.args.get("num_frames"):
+        task = VideoDenoising
+    if task not in UNDER_CAPTIONS:
+        return task
     if config.model.args.get("context_dim"):
-        return TextVideoDenoising if video else TextDenoising
+        return UNDER_CAPTIONS[task]
     if config.text != TextConfig():
         raise ValueError("the section text is for models that read text; set model.args.context_dim or leave it out")
-    return VideoDenoising if video else ImageDenoising
+    return task

@@ -1,15 +1,18 @@
 """Models of codes: what learning the next code and learning masked codes have in common."""
 
 import math
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import nn
 
 from genssm.config import RunConfig
 from genssm.data import CodeDataset, ImageDataset, build_dataset
 from genssm.data.codes import load_tokenizer
 from genssm.tasks.base import Card, Task, Tensors
+from genssm.tasks.captioned import Captioned
 from genssm.training.samples import draw_images, grid_columns
 
 
@@ -20,6 +23,8 @@ class CodeModelling(Task):
     """
 
     component = "model"
+    measurable = True
+    reads_text = False
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         super().__init__(config, device)
@@ -28,14 +33,17 @@ class CodeModelling(Task):
             raise ValueError(f"data.name={config.data.name}: a model of codes learns from codes or from images")
         if config.data.vae is None:
             raise ValueError("a model of codes needs its tokenizer; set data.vae to its folder or run")
-        self.tokenizer = load_tokenizer(config.data.vae).to(device)
+        self.vqvae = load_tokenizer(config.data.vae).to(device)
         self.stored = isinstance(self.dataset, CodeDataset)
         self.model = self.build_model()
-        self.num_classes = self.model.config.num_classes
+        self.num_classes = self.denoiser.config.num_classes
         self._check_codes()
         self._check_classes()
-        if self.model.config.context_dim:
-            raise ValueError("these data have no text; set model.args.context_dim to 0")
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The model of codes itself, which may be a part of what is trained."""
+        return self.model
 
     def _check_codes(self) -> None:
         """Refuse a vocabulary or a grid that is not the tokenizer's or the data's."""
@@ -43,20 +51,20 @@ class CodeModelling(Task):
             grid, known = tuple(self.dataset.grid), self.dataset.num_codes
         else:
             channels, height, width = self.dataset.item_shape
-            factor, known = self.tokenizer.scale_factor, None
+            factor, known = self.vqvae.scale_factor, None
             grid = (height // factor, width // factor)
-            if channels != self.tokenizer.config.in_channels or height % factor or width % factor:
+            if channels != self.vqvae.config.in_channels or height % factor or width % factor:
                 raise ValueError(
                     f"images are {tuple(self.dataset.item_shape)} but the tokenizer takes "
-                    f"{self.tokenizer.config.in_channels} channels and multiples of {factor} pixels; set "
+                    f"{self.vqvae.config.in_channels} channels and multiples of {factor} pixels; set "
                     "data.channels and data.resolution"
                 )
-        vocabulary = self.model.config.vocab_size
-        for what, count in (("the tokenizer has", self.tokenizer.config.num_vq_embeddings), ("the data have", known)):
+        vocabulary = self.denoiser.config.vocab_size
+        for what, count in (("the tokenizer has", self.vqvae.config.num_vq_embeddings), ("the data have", known)):
             if count not in (None, vocabulary):
                 raise ValueError(f"model.args.vocab_size is {vocabulary} but {what} {count} codes; set it to {count}")
-        if grid != self.model.grid:
-            rows, columns = self.model.grid
+        if grid != self.denoiser.grid:
+            rows, columns = self.denoiser.grid
             raise ValueError(
                 f"images have {grid[0]}x{grid[1]} codes but model.args.sample_size is {rows}x{columns}; change it, or "
                 "data.resolution"
@@ -68,28 +76,36 @@ class CodeModelling(Task):
             raise ValueError(f"model.args.num_classes is {classes} but the data have {labels} classes; set it to that")
         if train.class_dropout_prob and not classes:
             raise ValueError("train.class_dropout_prob drops labels, but the model has no classes; set it to 0")
-        if self.config.log.guidance_scale != 1 and not train.class_dropout_prob:
-            raise ValueError(
-                f"log.guidance_scale={self.config.log.guidance_scale} needs a null class that was trained; "
-                "set it to 1, or train.class_dropout_prob to 0.1"
-            )
+        what, option, dropped = "null class", "train.class_dropout_prob", train.class_dropout_prob
+        if self.reads_text:
+            what, option, dropped = "null text", "text.dropout_prob", self.config.text.dropout_prob
+        for section in ("log", "evaluate"):
+            scale = getattr(self.config, section).guidance_scale
+            if scale != 1 and not dropped:
+                raise ValueError(
+                    f"{section}.guidance_scale={scale} needs a {what} that was trained; set it to 1, or {option} to 0.1"
+                )
 
-    def codes(self, batch: Tensors) -> torch.Tensor:
+    def codes(self, batch: dict[str, Any]) -> torch.Tensor:
         """Codes (B, T) of a batch."""
         if self.stored:
             return batch["codes"]
         with torch.no_grad():
-            return self.tokenizer.tokenize(batch["pixel_values"])
+            return self.vqvae.tokenize(batch["pixel_values"])
 
-    def condition(self, batch: Tensors, numbers: Tensors) -> Tensors:
-        """Labels of a batch, some of them dropped to the null class."""
+    def conditions(self, batch: dict[str, Any], numbers: Tensors) -> Tensors:
+        """Further arguments of the model for a batch: labels, some of them dropped to the null class."""
         if not self.num_classes:
             return {}
         labels = batch["class_labels"]
         if "dropout" in numbers:
             dropped = numbers["dropout"] < self.config.train.class_dropout_prob
-            labels = torch.where(dropped, self.model.null_class_label, labels)
+            labels = torch.where(dropped, self.denoiser.null_class_label, labels)
         return {"class_labels": labels}
+
+    def empty_conditions(self, count: int) -> Tensors:
+        """Arguments as :meth:`conditions` gives them, all zero, on the CPU."""
+        return {"class_labels": torch.zeros(count, dtype=torch.long)} if self.num_classes else {}
 
     def random_numbers(self, count: int, generator: torch.Generator) -> Tensors:
         if not self.config.train.class_dropout_prob:
@@ -97,15 +113,15 @@ class CodeModelling(Task):
         return {"dropout": torch.rand(count, generator=generator, device=self.device)}
 
     def describe(self) -> dict[str, str]:
-        rows, columns = self.model.grid
+        rows, columns = self.denoiser.grid
         return {
-            "input": f"{rows} x {columns} codes of {self.model.config.vocab_size:,}",
+            "input": f"{rows} x {columns} codes of {self.denoiser.config.vocab_size:,}",
             "data": f"{self.config.data.name}, {len(self.dataset):,} items, {self.dataset.num_classes} classes",
         }
 
-    def class_names(self) -> list[str] | None:
-        """For the pipeline."""
-        return list(self.dataset.class_names) if self.num_classes else None
+    def pipeline_parts(self) -> dict[str, Any]:
+        """What the pipeline is given beside the model and the scheduler."""
+        return {"vqvae": self.vqvae, "class_names": list(self.dataset.class_names) if self.num_classes else None}
 
     def code_card(self, subject: str, options: str) -> Card:
         """A card for a pipeline that is called with labels and ``options``."""
@@ -116,7 +132,7 @@ class CodeModelling(Task):
             tag="unconditional-image-generation",
             subject=f"{'A class-conditional' if classes else 'An unconditional'} {self.config.model.name} {subject}",
             example=f"images = pipe({labels}{generators}{options}).images",
-            facts={"objective": self.config.objective.name, "codes of an image": str(math.prod(self.model.grid))},
+            facts={"objective": self.config.objective.name, "codes of an image": str(math.prod(self.denoiser.grid))},
         )
 
     def draw_codes(
@@ -137,3 +153,33 @@ class CodeModelling(Task):
 
     def columns(self, count: int) -> int:
         return grid_columns(count, self.num_classes)
+
+
+class CaptionedCodes(Captioned):
+    """What captions change in a model of codes, into whose sequence they are read."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+        length, room = self.tokenizer.model_max_length, self.denoiser.config.context_length
+        if length > room:
+            raise ValueError(
+                f"a caption has up to {length} tokens but model.args.context_length is {room}; raise it, or lower "
+                "text.max_length"
+            )
+
+    def pipeline_parts(self) -> dict[str, Any]:
+        return {**super().pipeline_parts(), "text_encoder": self.text_encoder, "tokenizer": self.tokenizer}
+
+    def code_card(self, subject: str, options: str) -> Card:
+        about, prompt = super().code_card(subject, options), self.prompts()[0]
+        return Card(
+            tag="text-to-image",
+            subject=f"A text-conditional {self.config.model.name} {subject}",
+            example=f"images = pipe(prompt={prompt!r}, guidance_scale=2.0{options}).images",
+            facts={**about.facts, "text encoder": self.config.text.encoder},
+        )
+
+    def draw_codes(
+        self, pipeline: DiffusionPipeline, first: int, stride: int, **call: object
+    ) -> dict[int, Image.Image]:
+        return self.draw_prompts(pipeline, first, stride, **call)

@@ -14,9 +14,9 @@ from genssm.models.motion_alignment import contrastive_loss
 from genssm.pipelines import TextToMotionPipeline
 from genssm.pipelines.motion_conditions import encode_motion_text, load_motion_text
 from genssm.tasks.base import Card, Task, Tensors
+from genssm.tasks.captioned import DEFAULT_LENGTH, LEARNED, check_text_options
 from genssm.tasks.captioned_motion import CaptionedMotion
 from genssm.tasks.motion_data import open_motion, row_of_frames, shown_clips, skeleton_config
-from genssm.tasks.text import DEFAULT_LENGTH, LEARNED, check_text_options
 from genssm.text import tokenize
 from genssm.training.checkpoint import resolve_pipeline
 from genssm.training.key_frames import key_frame_mask

@@ -1,6 +1,7 @@
 """Measuring a run's samples while it trains: the distance to real images, by all processes together."""
 
 import argparse
+import inspect
 from typing import Any
 
 import torch
@@ -56,14 +57,15 @@ class Evaluation:
     def measure(self, pipeline: Any) -> float:
         """The distance of ``evaluate.num_samples`` images of a pipeline, the same number in every process."""
         settings = self.settings
+        known = inspect.signature(type(pipeline).__call__).parameters  # a model that draws code by code has no steps
+        call = {key: getattr(settings, key) for key in ("num_inference_steps", "guidance_scale") if key in known}
         source = PipelineSource(
             pipeline,
             "samples",
             settings.num_samples,
             self.labels,
             settings.seed,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
+            **call,
         )
         samples = collect(source, self.extractor, batch_size=settings.batch_size)
         check_same_features(samples, self.reference)

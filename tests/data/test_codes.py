@@ -1,5 +1,6 @@
 """Codes: encoded once, read back in both layouts, views; the tokenizer is found in folders, pipelines and runs."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,38 @@ def test_codes_are_those_of_the_tokenizer(tokenizer: Path, tmp_path: Path) -> No
         items = [dataset.item(int(i), int(key)) for i, key in zip(indices, keys)]
         assert torch.equal(kept["codes"], torch.stack([item["codes"] for item in items]))
         assert kept["class_labels"].tolist() == [item["class_labels"] for item in items]
+
+
+def test_captions_are_kept(tokenizer: Path, tmp_path: Path) -> None:
+    """Beside the codes; a caption that names a side keeps its image from being mirrored, in memory or not."""
+    from PIL import Image
+
+    rng, rows = np.random.default_rng(0), []
+    for i, text in enumerate((["left hand", "hand"], ["star"], ["facing right"])):
+        Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(tmp_path / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": text}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    data = DataConfig(name="image_folder", path=str(tmp_path), caption="text", label="none", resolution=8)
+    out = encode_codes(data, str(tokenizer), tmp_path / "codes", flip=True, quiet=True)
+    dataset, plain = (build_dataset(name="codes", path=str(out), flip=flip) for flip in (True, False))
+    assert dataset.captions == (("left hand", "hand"), ("star",), ("facing right",))
+    assert plain[0]["text"] == "left hand" and "class_labels" not in plain[0]
+    mirrored, texts = set(), set()
+    for index, key in [(i, k) for i in range(3) for k in range(40)]:
+        item = dataset.item(index, key)
+        view = int(torch.equal(item["codes"], torch.from_numpy(dataset.store.read(index)[1].astype(np.int64))))
+        assert view == (key % 2 if item["text"] in ("hand", "star") else 0)
+        mirrored |= {item["text"]} if view else set()
+        texts.add(item["text"])
+    assert mirrored == {"hand", "star"} and len(texts) == 4
+    indices, keys = np.repeat(np.arange(3), 40), np.tile(np.arange(40, dtype=np.uint64), 3)
+    kept = cache_dataset(dataset, "ram", "cpu").batch(indices, keys)
+    items = [dataset.item(int(i), int(key)) for i, key in zip(indices, keys)]
+    assert kept["text"] == [item["text"] for item in items]
+    assert torch.equal(kept["codes"], torch.stack([item["codes"] for item in items]))
+    (out / "captions.json").write_text('[["a"]]')
+    with pytest.raises(ValueError, match="3 rows of codes but captions of 1"):
+        build_dataset(name="codes", path=str(out))
 
 
 def test_a_stopped_command_goes_on(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from genssm.models import AiM
+from genssm.models import AiM, CaptionTokenizer, TextEncoder
 from genssm.pipelines import AutoregressiveImagePipeline
 from genssm.pipelines.code_images import guidance_scales
 from genssm.pipelines.token_sampling import TokenSampling, filter_logits, invert_cdf
@@ -146,6 +146,79 @@ def test_text() -> None:
     assert plain.shape == (2, 16) and not torch.equal(plain, guided)
     assert torch.equal(pipe(prompt_embeds=text[1:], guidance_scale=4.0, **call).images[0], guided[1])
     assert pipe(num_images=2, **call).images.shape == (2, 16)
+
+
+def make_text_pipe(**changes: object) -> AutoregressiveImagePipeline:
+    pytest.importorskip("tokenizers")
+    pipe = make_pipe(num_classes=0, context_dim=8, context_length=6, **changes)
+    tokenizer = CaptionTokenizer.learn(["red", "blue", "green"], 280, 6)
+    encoder = randomise(TextEncoder(len(tokenizer), 8, num_layers=1, num_heads=2, max_length=6)).eval()
+    pipe = AutoregressiveImagePipeline(pipe.model, pipe.vqvae, text_encoder=encoder, tokenizer=tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("call", [{}, {"guidance_scale": 2.0, "negative_prompt": "green"}], ids=str)
+def test_prompts(call: dict) -> None:
+    """An image depends on its text and its generator, bit for bit; embeddings are the same as their texts."""
+    pipe, prompts = make_text_pipe(), ["red", "blue", ""]
+    call = {"output_type": "latent", **call}
+    batch = pipe(prompt=prompts, generator=generators(range(3)), **call).images
+    for i, prompt in enumerate(prompts):
+        single = pipe(prompt=prompt, generator=generators(range(i, i + 1)), **call).images
+        assert torch.equal(single[0], batch[i])
+    states, mask = pipe.encode_prompt(prompts)
+    given = {"prompt_embeds": states, "prompt_attention_mask": mask}
+    assert torch.equal(pipe(**given, generator=generators(range(3)), **call).images, batch)
+    others = pipe(prompt=["blue", "red", "red"], generator=generators(range(3)), **call).images
+    assert all(not torch.equal(a, b) for a, b in zip(others, batch))
+    many = pipe(prompt="red", num_images=3, generator=generators(range(3)), **call).images
+    assert torch.equal(many[0], batch[0]) and not torch.equal(many[1], batch[1])
+    if "negative_prompt" not in call:
+        assert torch.equal(pipe(num_images=3, generator=generators(range(3)), **call).images[2], batch[2])
+
+
+def test_negative_prompt_is_on_the_other_side_of_the_guidance() -> None:
+    pipe = make_text_pipe()
+    call = {"temperature": 0, "output_type": "latent", "guidance_scale": 3.0}
+    codes = pipe(prompt="red", negative_prompt="blue", **call).images
+    states, mask = pipe.encode_prompt(["red", "blue"])
+    with torch.no_grad():
+        text = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+        real, null = pipe.model(codes[:, :-1].repeat(2, 1), **text).logits
+    assert torch.equal((null + 3.0 * (real - null)).argmax(dim=-1), codes[0])
+    assert not torch.equal(pipe(prompt="red", **call).images, codes)
+    same = pipe(prompt="red", negative_prompt="", **call).images
+    assert torch.equal(pipe(prompt="red", **call).images, same)
+
+
+def test_text_parts_are_saved(tmp_path: Path) -> None:
+    pipe = make_text_pipe()
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    codes = [p(prompt="blue", generator=generators(range(1)), output_type="latent").images for p in (pipe, loaded)]
+    assert torch.equal(*codes)
+
+
+def test_errors_of_texts(pipe: AutoregressiveImagePipeline) -> None:
+    text, bare = make_text_pipe(), make_pipe(num_classes=0, context_dim=8, context_length=6)
+    for target, call, message in (
+        (pipe, {"prompt": "red"}, "prompt given but this model reads no text"),
+        (bare, {"prompt": "red"}, "no text encoder and tokenizer; pass prompt_embeds"),
+        (text, {"prompt": "red", "negative_prompt": "blue"}, "takes effect through guidance"),
+        (text, {"negative_prompt": "blue", "guidance_scale": 2.0}, "a negative prompt needs a prompt"),
+        (text, {"prompt": "red", "prompt_embeds": torch.zeros(1, 1, 8)}, "either prompt or prompt_embeds"),
+        (text, {"prompt": ["red"] * 2, "num_images": 3}, "2 prompts for num_images=3"),
+        (text, {"prompt": ["red"] * 2, "negative_prompt": ["a"] * 3, "guidance_scale": 2.0}, "3 negative prompts"),
+        (text, {"prompt_embeds": torch.zeros(1, 1, 7)}, r"expected \(B, S, 8\)"),
+        (text, {"prompt": [3]}, "expected a text or a list"),
+        (text, {"prompt": "red", "class_labels": 1}, "unconditional"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            target(**call)
+    with pytest.raises(ValueError, match="a text_encoder is given but this model reads no text"):
+        AutoregressiveImagePipeline(pipe.model, pipe.vqvae, text_encoder=text.text_encoder)
 
 
 def test_unconditional() -> None:

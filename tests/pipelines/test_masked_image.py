@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AmusedScheduler, DiffusionPipeline
 
-from genssm.models import MaskMamba
+from genssm.models import CaptionTokenizer, MaskMamba, TextEncoder
 from genssm.pipelines import MaskedImagePipeline
 from genssm.schedulers import swap_scheduler
 from tests.models.common import randomise
@@ -93,6 +93,28 @@ def test_text_and_no_condition() -> None:
     call = {"num_inference_steps": 2, "output_type": "latent"}
     assert pipe(prompt_embeds=text, guidance_scale=2.0, **call).images.shape == (2, 16)
     assert make_pipe(num_classes=0)(num_images=3, **call).images.shape == (3, 16)
+
+
+def test_prompts(tmp_path: Path) -> None:
+    """As texts or as embeddings, alone or among others, before and after saving: the same codes."""
+    pytest.importorskip("tokenizers")
+    bare = make_pipe(num_classes=0, context_dim=8, context_length=6)
+    tokenizer = CaptionTokenizer.learn(["red", "blue"], 280, 6)
+    encoder = randomise(TextEncoder(len(tokenizer), 8, num_layers=1, num_heads=2, max_length=6)).eval()
+    pipe = MaskedImagePipeline(bare.model, bare.vqvae, bare.scheduler, text_encoder=encoder, tokenizer=tokenizer)
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    call = {"num_inference_steps": 3, "output_type": "latent", "guidance_scale": 2.0}
+    for p in (pipe, loaded):
+        p.set_progress_bar_config(disable=True)
+    batch = pipe(prompt=["red", "blue"], generator=generators(range(2)), **call).images
+    assert torch.equal(pipe(prompt="blue", generator=generators(range(1, 2)), **call).images[0], batch[1])
+    assert torch.equal(loaded(prompt=["red", "blue"], generator=generators(range(2)), **call).images, batch)
+    states, mask = pipe.encode_prompt(["red", "blue"])
+    given = {"prompt_embeds": states, "prompt_attention_mask": mask}
+    assert torch.equal(bare(**given, generator=generators(range(2)), **call).images, batch)
+    negative = pipe(prompt=["red", "blue"], negative_prompt="red", generator=generators(range(2)), **call).images
+    assert not torch.equal(negative, batch)
 
 
 def test_save_and_load(pipe: MaskedImagePipeline, tmp_path: Path) -> None:

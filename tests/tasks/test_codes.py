@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import sample
-import train
 from genssm.config import load_config
 from genssm.data.codes import load_tokenizer
 from genssm.data.encode_codes import encode_codes
@@ -20,22 +18,8 @@ from genssm.metrics.reconstruction import main as reconstruction_main
 from genssm.metrics.reconstruction import psnr, ssim
 from genssm.tasks import build_task
 from genssm.training.checkpoint import resolve_pipeline
-from tests.training.conftest import _logger_as_before, forget_processes, largest_difference, metrics, weights  # noqa: F401
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run_train(name: str, folder: Path, *overrides: str) -> Path:
-    forget_processes()
-    config = str(ROOT / "configs" / "debug" / f"{name}.yaml")
-    train.main(["--config", config, f"train.output_dir={folder}", *overrides, "--quiet"])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The shipped debug run of the tokenizer, as it is."""
-    yield run_train("vq", tmp_path_factory.mktemp("vq") / "run")
+from tests.tasks.conftest import ROOT, run_train
+from tests.training.conftest import _logger_as_before, largest_difference, metrics, weights  # noqa: F401
 
 
 def test_tokenizer_learns(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -135,7 +119,7 @@ def test_tokenizer_trains_in_bfloat16(tmp_path: Path) -> None:
         ("aim", "model.args.vocab_size=32", "vocab_size is 32 but the tokenizer has 64 codes"),
         ("aim", "model.args.sample_size=5", "images have 4x4 codes but model.args.sample_size is 5x5"),
         ("aim", "model.args.num_classes=4", "num_classes is 4 but the data have 10 classes"),
-        ("aim", "model.args.context_dim=4", "these data have no text"),
+        ("aim", "model.args.context_dim=4", "the data have none; set data.caption"),
         ("aim", "train.class_dropout_prob=0", "needs a null class that was trained"),
         ("aim", "data.vae=null", "needs its tokenizer"),
         ("aim", "data.resolution=9", "set data.channels and data.resolution"),

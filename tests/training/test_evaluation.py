@@ -90,6 +90,31 @@ def test_models_of_text_are_not_measured(tmp_path: Path, features: Path) -> None
         run_train(tmp_path / "run", "evaluate.every=1", f"evaluate.features=classifier:{features}", flags=text)
 
 
+@pytest.mark.parametrize("name", ["aim", "maskmamba"])
+def test_models_of_codes_are_measured(tmp_path: Path, features: Path, name: str) -> None:
+    """The number in the run is that of ``genssm.metrics.fid`` for its last checkpoint."""
+    short = ("--quiet", "--config", str(ROOT / "configs" / "debug" / "vq.yaml"))
+    vq = run_train(tmp_path / "vq", "train.max_train_steps=2", flags=short)
+    flags = ("--quiet", "--config", str(ROOT / "configs" / "debug" / f"{name}.yaml"))
+    options = (
+        f"data.vae={vq}", *MEASURE, f"evaluate.features=classifier:{features}", "evaluate.guidance_scale=1.5",
+        "train.max_train_steps=8",
+    )  # fmt: skip
+    run = run_train(tmp_path / "run", *options, flags=flags)
+    found = measured(run)
+    assert list(found) == [8] and best_checkpoint(run)["step"] == 8
+    steps = ["--num-inference-steps", "3"] if name == "maskmamba" else []
+    command = [
+        "--samples", str(run), "--num-samples", "20", "--reference", f"dataset:{run}", "--guidance-scale", "1.5",
+        "--features", f"classifier:{features}", "--device", "cpu", "--report", str(tmp_path / "r.json"),
+    ]  # fmt: skip
+    fid([*command, *steps])
+    assert json.loads((tmp_path / "r.json").read_text())["value"] == pytest.approx(found[8], rel=1e-4)
+    wrong = ["--ode-solver", "dopri5"] if name == "maskmamba" else ["--num-inference-steps", "3", "--scheduler", "heun"]
+    with pytest.raises(ValueError, match=f"{wrong[0]}.*: no option of"):
+        fid([*command, *wrong])
+
+
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [

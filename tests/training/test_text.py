@@ -112,7 +112,8 @@ def test_captions_are_dropped_to_the_null_text(tmp_path: Path) -> None:
         parameter.data.add_(0.05 * torch.randn(parameter.shape))
     with torch.no_grad():
         ids, mask = task.tokenizer(["7", "7"])
-        out = task.model(x, t, ids, mask, torch.tensor([True, False])).sample
+        present = torch.tensor([True, False])
+        out = task.model(x, t, input_ids=ids, attention_mask=mask, present=present).sample
         null = task.denoiser(x, t).sample
     torch.testing.assert_close(out[1], null[1], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(out[0], null[0], atol=1e-4)
