@@ -104,5 +104,5 @@ def test_mistakes(folders: tuple[Path, Path], tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             pairs.evaluate(pairs.parser().parse_args(["--model", str(run), "--device", "cpu", *options]))
     make_video().save_pretrained(tmp_path / "video")
-    with pytest.raises(ValueError, match="which draws no texts"):
+    with pytest.raises(ValueError, match="holds a VideoPipeline; pairs are measured of a TextToImagePipeline"):
         pairs.evaluate(pairs.parser().parse_args(["--model", str(tmp_path / "video"), "--device", "cpu"]))
