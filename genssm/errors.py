@@ -18,6 +18,17 @@ USER_ERRORS = (
 )  # fmt: skip
 
 
+def _leave_processes() -> None:
+    """Take leave of the other processes of a launched command, if there are any.
+
+    The threads of a process group that outlive the interpreter may end the process with SIGABRT: a command that has
+    done all its work would fail, now and then.
+    """
+    distributed = sys.modules.get("torch.distributed")  # a command without torch stays without it
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def cli(main: Callable[[], int | None]) -> None:
     """Run ``main`` as a program and exit.
 
@@ -29,7 +40,9 @@ def cli(main: Callable[[], int | None]) -> None:
         main: the program; returns an exit code or None for success.
     """
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
+        _leave_processes()
+        sys.exit(code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -119,14 +119,17 @@ def test_mistakes(npz: Path, tmp_path: Path) -> None:
 
 WORKER = """
 import sys
+from genssm.errors import cli
 sys.path.insert(0, sys.argv[3])
 from test_statistics import Means
 from genssm.metrics.sources import file_source
 from genssm.metrics.statistics import collect, save_statistics
 from accelerate import PartialState
-assert PartialState(cpu=True).num_processes == 2
-statistics = collect(file_source(sys.argv[1]), Means("cpu"), batch_size=2)
-save_statistics(sys.argv[2] + f"/{PartialState().process_index}.npz", statistics, with_features=True)
+def main():
+    assert PartialState(cpu=True).num_processes == 2
+    statistics = collect(file_source(sys.argv[1]), Means("cpu"), batch_size=2)
+    save_statistics(sys.argv[2] + f"/{PartialState().process_index}.npz", statistics, with_features=True)
+cli(main)
 """
 
 
