@@ -1,5 +1,9 @@
 """Training on packed rows: the debug run learns and samples its sizes; exact resuming; the mean over images."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +14,12 @@ from PIL import Image
 
 import train
 from genssm.config import load_config
-from genssm.data.loading import Shares
+from genssm.data import loading
+from genssm.data.loading import Shares, training_batches
 from genssm.errors import cli
 from genssm.tasks import PackedImageDenoising, build_task
 from genssm.training.checkpoint import resolve_pipeline
+from genssm.training.guard import NonFiniteError
 from genssm.training.seeding import generator_for
 from tests.training.conftest import ROOT, forget_processes, largest_difference, metrics, run_train, weights
 
@@ -44,8 +50,6 @@ def task_of(*overrides: str, config: Path = PACKED) -> PackedImageDenoising:
 
 def step_gradients(task: PackedImageDenoising, world: int, parts: int = 1, step: int = 1) -> dict[str, torch.Tensor]:
     """Gradients of a step that several processes share, computed one after the other as ``train.py`` would."""
-    from genssm.data.loading import training_batches
-
     task.model.zero_grad()
     batch_size = task.config.train.train_batch_size
     draws = task.random_numbers(batch_size, generator_for(0, "noise", step))
@@ -232,3 +236,49 @@ def test_damaged_image_is_named(tmp_path: Path, pictures: Path, capsys: pytest.C
     with pytest.raises(SystemExit):
         cli(lambda: train.main([*FLAGS[1:], f"data.path={folder}", f"train.output_dir={tmp_path / 'run'}"]))
     assert f"cannot read image {bad}" in capsys.readouterr().err
+
+
+def test_memory_savers(tmp_path: Path, pictures: Path) -> None:
+    """Accumulation and checkpointing train the same; bf16 is finite."""
+    data = f"data.path={pictures}"
+    plain = run_train(tmp_path / "plain", data, *SHORT, flags=FLAGS)
+    options = ("train.gradient_accumulation_steps=4", "train.gradient_checkpointing=true")
+    saving = run_train(tmp_path / "saving", data, *SHORT, *options, flags=FLAGS)
+    assert largest_difference(weights(plain, 7), weights(saving, 7)) < 1e-5
+    half = run_train(tmp_path / "half", data, *SHORT, "train.mixed_precision=bf16", flags=FLAGS)
+    assert all(np.isfinite(line["loss"]) for line in metrics(half))
+
+
+def test_not_a_number_is_explained(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    join = loading.join_rows
+
+    def broken(rows: list) -> dict:
+        batch = join(rows)
+        batch["pixel_values"][1][0, 0, 0] = float("nan")
+        return batch
+
+    monkeypatch.setattr(loading, "join_rows", broken)
+    with pytest.raises(NonFiniteError, match=r"step 1: .*pixel_values"):
+        run_train(tmp_path / "run", f"data.path={pictures}", *SHORT, flags=FLAGS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_equal_one(tmp_path: Path, pictures: Path, sharded: bool) -> None:
+    """Each process takes half of the rows of a step, which hold different numbers of images."""
+    data = f"data.path={pictures}"
+    straight = run_train(tmp_path / "one", data, *SHORT, flags=FLAGS)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    if sharded:
+        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "train.py"]
+    options = [*SHORT, data, f"train.output_dir={tmp_path / 'two'}", "log.sample_every=7"]
+    done = subprocess.run(
+        [*launch, *FLAGS, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert largest_difference(weights(straight, 7), weights(tmp_path / "two", 7)) < 1e-5
+    assert (tmp_path / "two" / "samples" / "step_0000007.png").is_file()
