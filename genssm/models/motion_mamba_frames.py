@@ -235,12 +235,12 @@ class MotionMambaFrames(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Raises:
             ValueError: shapes do not fit the model, or text is missing.
         """
-        if not isinstance(hidden_states, torch.Tensor):
+        packed = not isinstance(hidden_states, torch.Tensor)
+        if packed:
             self._check_clips(hidden_states, lengths)
         elif hidden_states.dim() != 3 or hidden_states.shape[2] != self.config.in_channels:
             expected = f"(B, T, {self.config.in_channels})"
             raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}; this model takes {expected}")
-        packed = not isinstance(hidden_states, torch.Tensor)
         like = hidden_states[0].new_empty(len(hidden_states)) if packed else hidden_states
         c = self.condition(timestep, encoder_hidden_states, class_labels, like)  # (B, 1 + S, C)
         context, mask = c[:, 1:], encoder_attention_mask

@@ -35,7 +35,6 @@ class _Packed:
     """
 
     unit = "rows"
-    measurable = False
     capacity: int
     packed_rows: PackedRows
 
