@@ -124,19 +124,3 @@ def join_rows(rows: Sequence[Row]) -> dict[str, Any]:
     batch["row"] = [number for number, row in enumerate(rows) for _ in row.items]
     batch["scale"] = rows[0].share * len(items) / len(rows)
     return batch
-
-
-def check_capacity(sizes: Sequence[int], capacity: int, too_large: str) -> None:
-    """Refuse an item that no row can hold.
-
-    Args:
-        sizes: tokens of each item.
-        capacity: of a row.
-        too_large: the message, with ``{index}`` and ``{size}`` of the item.
-
-    Raises:
-        ValueError: there is such an item.
-    """
-    index = int(np.argmax(sizes))
-    if sizes[index] > capacity:
-        raise ValueError(too_large.format(index=index, size=sizes[index]))

@@ -7,7 +7,7 @@ they depend on the seed and the step alone.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,14 @@ from torch.nn.utils.rnn import pad_sequence
 from genssm.config import RunConfig
 from genssm.data import VariableImages, build_variable_images
 from genssm.data.loading import RowStream
-from genssm.data.packing import PackedRows, check_capacity
+from genssm.data.packing import PackedRows
 from genssm.layers import DenoiserOutput
 from genssm.tasks.base import Tensors
 from genssm.tasks.images import ImageDenoising
 from genssm.tasks.motion import MotionDenoising
 from genssm.tasks.text import TextDenoising
+
+PROBE = 64  # side of the picture that shows how a VAE shrinks
 
 
 class _Packed:
@@ -38,9 +40,19 @@ class _Packed:
     capacity: int
     packed_rows: PackedRows
 
-    def pack(self, sizes: Sequence[int], too_large: str) -> None:
-        """Prepare the rows of items of these sizes; ``too_large`` is the message for one that no row can hold."""
-        check_capacity(sizes, self.capacity, too_large)
+    def pack(self, sizes: Sequence[int], too_large: Callable[[int], str]) -> None:
+        """Prepare the rows of items of these sizes.
+
+        Args:
+            sizes: tokens of each item.
+            too_large: the message for an item, by its number, that no row can hold.
+
+        Raises:
+            ValueError: there is such an item.
+        """
+        largest = max(range(len(sizes)), key=sizes.__getitem__)
+        if sizes[largest] > self.capacity:
+            raise ValueError(too_large(largest))
         train = self.config.train
         self.packed_rows = PackedRows(self.dataset, sizes, self.capacity, train.seed, train.train_batch_size)
 
@@ -101,24 +113,25 @@ class _PackedImages(_Packed):
         if multiple % unit:
             raise ValueError(f"data.multiple is {multiple}; a token is {unit} pixels wide, make it a multiple of that")
         sizes = [(multiple // unit) ** 2 * tokens for tokens in dataset.tokens]
-        largest = max(range(len(sizes)), key=sizes.__getitem__)
-        width, height = dataset.sizes[largest]
-        self.pack(
-            sizes,
-            f"image {dataset.source.names(largest)} is {width}x{height} pixels and makes {{size}} tokens, more than "
-            f"data.pack_tokens={self.capacity}; raise that, or set data.resolution to make large images smaller",
-        )
+
+        def too_large(index: int) -> str:
+            width, height = dataset.sizes[index]
+            return (
+                f"image {dataset.source.names(index)} becomes {width}x{height} pixels, {sizes[index]} tokens, more "
+                f"than data.pack_tokens={self.capacity}; raise that, or set data.resolution to make large images smaller"
+            )
+
+        self.pack(sizes, too_large)
 
     def open_dataset(self) -> VariableImages:
         return build_variable_images(self.config.data)
 
     def shape_of_items(self) -> tuple[int, ...]:
         """That of the model's native size; an item may have any."""
-        multiple = self.config.data.multiple
-        shape: tuple[int, ...] = (self.dataset.item_shape[0], multiple, multiple)
+        shape: tuple[int, ...] = (self.dataset.item_shape[0], PROBE, PROBE)
         if self.encodes:
             shape = tuple(self.encode(torch.zeros(1, *shape, device=self.device)).shape[1:])
-        self.pixels_per_side = multiple // shape[-1]
+        self.pixels_per_side = PROBE // shape[-1]  # of a latent
         size = self.denoiser.config.sample_size
         return (shape[0], *((size, size) if isinstance(size, int) else size))
 
@@ -197,11 +210,12 @@ class PackedMotionDenoising(_Packed, MotionDenoising):
         super().__init__(config, device)
         unit, longest = self.dataset.lengths.unit_length, self.dataset.lengths.max_frames
         sizes = [min(len(clip.features) // unit * unit, longest) for clip in self.dataset.clips]
-        clip = self.dataset.clips[max(range(len(sizes)), key=sizes.__getitem__)]
         self.pack(
             sizes,
-            f"clip {clip.name} has {{size}} frames, more than motion.pack_frames={self.capacity}; raise that, or lower "
-            "motion.max_frames",
+            lambda index: (
+                f"clip {self.dataset.clips[index].name} has {sizes[index]} frames, more than "
+                f"motion.pack_frames={self.capacity}; raise that, or lower motion.max_frames"
+            ),
         )
 
     @property

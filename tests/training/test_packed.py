@@ -193,7 +193,7 @@ def test_dry_run(capsys: pytest.CaptureFixture, pictures: Path, tmp_path: Path) 
 
 
 BAD = {
-    "data.pack_tokens=16": r"image .*\d\d\.png is 16x16 pixels and makes 64 tokens, more than data\.pack_tokens=16",
+    "data.pack_tokens=16": r"image .*\d\d\.png becomes 16x16 pixels, 64 tokens, more than data\.pack_tokens=16",
     "model.name=dim": r"model\.name=dim cannot be packed; use zigma",
     "model.args.num_frames=2": r"clips of video are not packed",
     "train.layer_shuffle=0.5": r"train\.layer_shuffle would exchange tokens",
