@@ -118,7 +118,7 @@ class _PackedImages(_Packed):
             width, height = dataset.sizes[index]
             return (
                 f"image {dataset.source.names(index)} becomes {width}x{height} pixels, {sizes[index]} tokens, more "
-                f"than data.pack_tokens={self.capacity}; raise that, or set data.resolution to make large images smaller"
+                f"than data.pack_tokens={self.capacity}; raise that, or set data.resolution to reduce large images"
             )
 
         self.pack(sizes, too_large)
