@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 
 from genssm.config import RunConfig, describe_keys, dump_config, load_config
-from genssm.data.loading import Shares, Stream, training_batches
+from genssm.data.loading import Shares, training_batches
 from genssm.env import device_name, versions
 from genssm.errors import cli
 from genssm.layers import parameter_groups
@@ -213,7 +213,7 @@ def train(run: Run, start: int, stop: StopRequest, *, quiet: bool) -> int:
     config, accelerator, shares = run.config.train, run.accelerator, run.shares
     batches = training_batches(
         run.feed,
-        Stream(len(run.task.dataset), config.seed),
+        run.task.stream(),
         shares,
         first=start,
         last=config.max_train_steps,

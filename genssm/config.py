@@ -86,11 +86,17 @@ class DataConfig:
     name: str = key("kind of data set, a key of genssm.data.DATASETS")
     path: str | None = key("folder or file; not needed by digits", None, resumable=True)
     split: str = key("part of the data set", "train")
-    resolution: int | None = key("side of the square images in pixels; null keeps the stored size", None)
+    resolution: int | None = key(
+        "side of the square images in pixels; null keeps the stored size; packed: largest area, as that of this square",
+        None,
+    )
     channels: Literal[1, 3] | None = key("1 grey, 3 colour; null keeps what is stored", None)
     crop: Literal["adm", "resize_center", "resize_random", "pad", "none"] = key(
         "how an image gets its size: adm, resize_center, resize_random, pad or none", "adm"
     )
+    pack_tokens: int = key("pack images of all shapes into rows of at most so many tokens; 0: one size, no packing", 0)
+    min_resolution: int | None = key("packed: smaller images are enlarged to the area of this square; null: none", None)
+    multiple: int = key("packed: sides are multiples of so many pixels, patch_size times the VAE's factor", 16)
     flip: bool = key("mirror half of the images left to right", False)
     label: str | None = key("folder, prefix, none, or the name of a column; null takes what the kind has", None)
     caption: str | None = key(
@@ -130,7 +136,9 @@ class TrainConfig:
     seed: int = key("the one seed; data order, noise, dropout and samples derive from it", 0)
     init_from: str | None = key("run, checkpoint or pipeline whose averaged weights a new run starts from", None)
     max_train_steps: int = key("optimiser steps", 1000, resumable=True)
-    train_batch_size: int = key("images per optimiser step, all processes and accumulation steps together", 32)
+    train_batch_size: int = key(
+        "images (packed: rows) per optimiser step, all processes and accumulation steps together", 32
+    )
     gradient_accumulation_steps: int = key("parts in which a process works through its share", 1, resumable=True)
     learning_rate: float = key("peak learning rate", 1e-4)
     lr_scheduler: Literal["constant", "linear", "cosine", "polynomial"] = key(
@@ -210,6 +218,7 @@ class MotionConfig:
     mirror: bool = key("of recordings: add mirror images, words for left and right exchanged", False)
     joint_map: str | None = key("of recordings: key of genssm.data.motion.recording.JOINT_MAPS; null finds it", None)
     up: Literal["y", "z"] = key("of recordings: vertical axis", "y")
+    pack_frames: int = key("frames: pack whole clips into rows of at most so many frames; 0 pads each", 0)
     vae: str | None = key("run or pipeline of the motion VAE in whose latents a denoiser works; null: frames", None)
     text_states: Literal["pooled", "tokens"] = key("what of a text the denoiser reads", "pooled")
     kl_weight: float = key("VAE: weight of the KL divergence", 1e-4)

@@ -43,7 +43,8 @@ from genssm.models.motion_vae import (
     motion_vae_config_from_published,
 )
 from genssm.models.vq import VQ_PRESETS, VQTokenizer, convert_vq_state_dict, vq_config_from_published
-from genssm.models.zigma import ZIGMA_PRESETS, ZigMa, convert_zigma_state_dict, zigma_config_from_published
+from genssm.models.zigma import ZIGMA_PRESETS, ZigMa
+from genssm.models.zigma_published import convert_zigma_state_dict, zigma_config_from_published
 from genssm.schedulers import FlowODEScheduler
 from genssm.single_step_solver import ContinuousDPMSolverScheduler
 

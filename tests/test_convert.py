@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from genssm.convert import PUBLISHED, load_published, main, read_checkpoint, resolve_config
 from genssm.data.codes import load_tokenizer
 from genssm.models import ZigMa
-from genssm.models.zigma import _PUBLISHED_KEYS
+from genssm.models.zigma_published import _PUBLISHED_KEYS
 from genssm.pipelines import (
     AutoregressiveImagePipeline,
     ClassConditionalImagePipeline,

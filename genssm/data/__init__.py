@@ -17,6 +17,7 @@ from genssm.data.shards import webdataset
 from genssm.data.sources import DATASETS as FOLDERS_AND_FILES
 from genssm.data.sources import READ_ERRORS, Source
 from genssm.data.transforms import CROPS, ImageTransform
+from genssm.data.variable import ShapeKeeping, VariableImages
 
 IMAGE_DATASETS = {**FOLDERS_AND_FILES, "webdataset": webdataset, "coco": coco}
 CLIP_DATASETS = {"clips": clips, "moving_digits": moving_digits}
@@ -32,7 +33,9 @@ __all__ = [
     "CodeDataset",
     "ImageDataset",
     "LatentDataset",
+    "VariableImages",
     "build_dataset",
+    "build_variable_images",
     "cache_dataset",
 ]
 
@@ -59,12 +62,9 @@ def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset
         torch.Size([1, 8, 8])
     """
     config = DataConfig(**keys) if config is None else dataclasses.replace(config, **keys)
-    if config.name not in DATASETS:
-        near = difflib.get_close_matches(config.name, DATASETS, n=1)
-        raise ValueError(
-            f"data.name={config.name!r} is not a data set"
-            + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(DATASETS)}")
-        )
+    _check_name(config)
+    if config.pack_tokens:
+        raise ValueError("data.pack_tokens packs images while training; where they have one size, set it to 0")
     _refuse_idle_keys(config)
     if config.name == "latents":
         return open_latents(config.path, config.split, config.latents, flip=config.flip)
@@ -77,6 +77,38 @@ def build_dataset(config: DataConfig | None = None, **keys: Any) -> ImageDataset
     return ImageDataset(source, transform)
 
 
+def build_variable_images(config: DataConfig) -> VariableImages:
+    """A data set of images of different sizes, to be packed (``data.pack_tokens``).
+
+    Raises:
+        ValueError: a kind of data set that is not packed, a key that does not fit, or an image that cannot be read.
+        FileNotFoundError: the data are not where ``path`` says.
+    """
+    _check_name(config)
+    if config.name not in IMAGE_DATASETS:
+        raise ValueError(f"data.pack_tokens packs images, not data.name={config.name}; set it to 0")
+    _refuse_idle_keys(config)
+    for name in ("resolution", "min_resolution"):
+        side = getattr(config, name)
+        if side is not None and side < config.multiple:
+            raise ValueError(f"data.{name} is {side}; expected at least data.multiple={config.multiple}")
+    if config.resolution is not None and (config.min_resolution or 0) > config.resolution:
+        raise ValueError(f"data.min_resolution={config.min_resolution} is above data.resolution={config.resolution}")
+    transform = ShapeKeeping(
+        config.resolution, config.channels, flip=config.flip, smallest=config.min_resolution, multiple=config.multiple
+    )
+    return VariableImages(_open_source(config), transform)
+
+
+def _check_name(config: DataConfig) -> None:
+    if config.name not in DATASETS:
+        near = difflib.get_close_matches(config.name, DATASETS, n=1)
+        raise ValueError(
+            f"data.name={config.name!r} is not a data set"
+            + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(DATASETS)}")
+        )
+
+
 def _refuse_idle_keys(config: DataConfig) -> None:
     """Refuse keys that the kind of data set would ignore."""
     encoded = config.name in ("codes", "latents")
@@ -86,10 +118,12 @@ def _refuse_idle_keys(config: DataConfig) -> None:
         idle += ["caption"]
     if config.name not in CLIP_DATASETS:
         idle += ["num_frames", "frame_stride"]
+    idle += ["crop"] if config.pack_tokens else ["min_resolution", "multiple"]
     defaults = DataConfig(name=config.name)
     for key in idle:
         if getattr(config, key) != getattr(defaults, key):
-            raise ValueError(f"data.{key} means nothing to data.name={config.name}; leave it out")
+            packing = " with data.pack_tokens" if config.pack_tokens else ""
+            raise ValueError(f"data.{key} means nothing to data.name={config.name}{packing}; leave it out")
 
 
 def _open_source(config: DataConfig) -> Source:

@@ -49,9 +49,14 @@ class ImageDataset(torch.utils.data.Dataset):
             raise ValueError(f"image {name}: {error}") from None
         except READ_ERRORS as error:
             raise ValueError(f"cannot read image {name}: {error}") from error
-        if pixels.shape != getattr(self, "item_shape", pixels.shape):
-            raise ValueError(f"image {name} is {pixels.shape} but the first one {self.item_shape}; set data.resolution")
+        if hasattr(self, "item_shape"):
+            self.check_shape(pixels, name)
         return pixels
+
+    def check_shape(self, pixels: np.ndarray, name: str) -> None:
+        """Refuse an image that does not go with the first one."""
+        if pixels.shape != self.item_shape:
+            raise ValueError(f"image {name} is {pixels.shape} but the first one {self.item_shape}; set data.resolution")
 
     @property
     def is_random(self) -> bool:

@@ -16,6 +16,7 @@ import torch
 
 from genssm.data.codes import CachedCodes
 from genssm.data.images import CachedImages
+from genssm.data.packing import PackedRows, Row, join_rows
 from genssm.errors import USER_ERRORS
 from genssm.training.seeding import derive, hash_integers, permutation
 
@@ -53,6 +54,11 @@ class Shares:
         start = (part * self.world + self.rank) * self.piece
         return slice(start, start + self.piece)
 
+    def places(self, step: int, part: int) -> np.ndarray:
+        """Places of the stream that this process takes for a ``part`` of a step, int64."""
+        own = self.slice(part)
+        return step * self.batch_size + np.arange(own.start, own.stop, dtype=np.int64)
+
 
 @dataclass
 class Stream:
@@ -86,8 +92,23 @@ class Stream:
 
     def piece(self, shares: Shares, step: int, part: int) -> tuple[np.ndarray, np.ndarray]:
         """Item numbers and keys of one process's part of a step."""
-        own = shares.slice(part)
-        return self.at(step * shares.batch_size + np.arange(own.start, own.stop, dtype=np.int64))
+        return self.at(shares.places(step, part))
+
+
+@dataclass(frozen=True)
+class RowStream:
+    """The endless stream of packed rows, which :class:`genssm.data.packing.PackedRows` finds by their places.
+
+    Attributes:
+        seed: seed of the run.
+    """
+
+    seed: int
+
+    def piece(self, shares: Shares, step: int, part: int) -> tuple[np.ndarray, np.ndarray]:
+        """Places and keys of one process's part of a step."""
+        places = shares.places(step, part)
+        return places, hash_integers(places, derive(self.seed, "augment"))
 
 
 class _Keyed(torch.utils.data.Dataset):
@@ -96,22 +117,24 @@ class _Keyed(torch.utils.data.Dataset):
     def __init__(self, dataset: torch.utils.data.Dataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, address: tuple[int, int]) -> Mapping[str, object] | Exception:
+    def __getitem__(self, address: tuple[int, int]) -> Mapping[str, object] | Row | Exception:
         try:
             return self.dataset.item(*address)
         except USER_ERRORS as error:
             return error  # raised by the training process: a loader would wrap it in a traceback
 
 
-def _collate(items: list[Mapping[str, object] | Exception]) -> Any:
+def _collate(items: list[Mapping[str, object] | Row | Exception]) -> Any:
     failed = next((item for item in items if isinstance(item, Exception)), None)
-    return failed or torch.utils.data.default_collate(items)
+    if failed is not None:
+        return failed
+    return join_rows(items) if isinstance(items[0], Row) else torch.utils.data.default_collate(items)
 
 
 class _Pieces(torch.utils.data.Sampler):
     """The pieces of steps ``first .. last - 1``, in order, as lists of (item, key)."""
 
-    def __init__(self, stream: Stream, shares: Shares, first: int, last: int) -> None:
+    def __init__(self, stream: Stream | RowStream, shares: Shares, first: int, last: int) -> None:
         self.stream, self.shares, self.first, self.last = stream, shares, first, last
 
     def __iter__(self) -> Iterator[Sequence[tuple[int, int]]]:
@@ -127,8 +150,8 @@ def _leave_interrupts_alone(worker: int) -> None:
 
 
 def training_batches(
-    dataset: torch.utils.data.Dataset | CachedImages | CachedCodes,
-    stream: Stream,
+    dataset: torch.utils.data.Dataset | CachedImages | CachedCodes | PackedRows,
+    stream: Stream | RowStream,
     shares: Shares,
     *,
     first: int,
@@ -140,7 +163,7 @@ def training_batches(
 
     Args:
         dataset: a data set with ``item(index, key)``, or one that is kept in memory.
-        stream: order of the items.
+        stream: order of the items; of the rows, for :class:`genssm.data.packing.PackedRows`.
         shares: division of the batch.
         first: first step.
         last: step to stop before.
@@ -170,6 +193,12 @@ def training_batches(
         yield _moved(batch, device)
 
 
-def _moved(batch: Mapping[str, torch.Tensor | list[str]], device: torch.device) -> dict[str, torch.Tensor | list[str]]:
-    """The batch with its tensors on the device; texts have none."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on the device, also those in lists; texts have none."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, list):
+            return [move(one) for one in value]
+        return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+    return {name: move(value) for name, value in batch.items()}

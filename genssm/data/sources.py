@@ -44,6 +44,7 @@ class Source:
         class_names: name of each class, empty without labels.
         names: index -> what to call the image in an error.
         captions: texts of each image, at least one, or None.
+        size: index -> (width, height) of the stored image, where that is known without decoding it.
     """
 
     read: Callable[[int], Image.Image]
@@ -52,6 +53,7 @@ class Source:
     class_names: tuple[str, ...] = ()
     names: Callable[[int], str] = str
     captions: Captions | None = None
+    size: Callable[[int], tuple[int, int]] | None = None
 
 
 def from_arrays(images: np.ndarray, labels: np.ndarray | None, class_names: Sequence[str] = ()) -> Source:
@@ -342,7 +344,11 @@ def from_files(files: Sequence[Path], root: Path, label: str | Sequence, caption
             image.load()
             return image
 
-    return Source(read, len(files), labels, names, names=lambda i: str(files[i]), captions=captions)
+    def size(index: int) -> tuple[int, int]:
+        with Image.open(files[index]) as image:
+            return image.size
+
+    return Source(read, len(files), labels, names, names=lambda i: str(files[i]), captions=captions, size=size)
 
 
 def class_labels(files: Sequence[Path], root: Path, label: str | Sequence) -> tuple[np.ndarray | None, tuple[str, ...]]:

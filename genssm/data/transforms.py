@@ -115,8 +115,13 @@ class ImageTransform:
         image = to_colours(image, self.channels)
         if self.resolution is not None:
             image = CROPS[self.crop](image, self.resolution, key)
-        array = np.array(image)  # a copy: Pillow's buffer is read-only
-        return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+        return to_array(image)
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """uint8 (C, H, W) of a grey or RGB image."""
+    array = np.array(image)  # a copy: Pillow's buffer is read-only
+    return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
 def to_model_range(pixels: torch.Tensor) -> torch.Tensor:

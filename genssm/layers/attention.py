@@ -34,7 +34,8 @@ class CrossAttention(nn.Module):
         Args:
             hidden_states: (B, L, D).
             context: (B, S, D).
-            mask: (B, S) bool, True where a context token may be read; None means everywhere.
+            mask: (B, S) bool, True where a context token may be read; (B, L, S) for each token of its own; None means
+                everywhere.
 
         Returns:
             (B, L, D).
@@ -42,6 +43,7 @@ class CrossAttention(nn.Module):
         q = self.to_q(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, L, head_dim)
         k = self.to_k(context).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, S, head_dim)
         v = self.to_v(context).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, S, head_dim)
-        mask = None if mask is None else mask[:, None, None, :]
+        if mask is not None:
+            mask = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.to_out(out.transpose(1, 2).flatten(2))  # (B, L, D)

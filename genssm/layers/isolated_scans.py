@@ -96,6 +96,7 @@ class IsolatedScans(nn.Module):
         orders: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
         reduce: str = "sum",
+        cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Scan.
 
@@ -105,10 +106,11 @@ class IsolatedScans(nn.Module):
             orders: (K, L), one permutation per scan; None walks first to last in all of them.
             lengths: (B,), valid tokens; later rows are neither visited nor written (zero).
             reduce: "sum" of the scans, or "none".
+            cu_seqlens: (S+1,) borders of sequences packed into one row of the batch (B = 1), in place of ``lengths``.
         Returns:
             (B, L, E), or (B, K, L, E) with "none".
         """
-        over = {"orders": orders, "lengths": lengths}
+        over = {"orders": orders, "lengths": lengths, "cu_seqlens": cu_seqlens}
         weight, bias = (p.unflatten(0, (self.scans, -1)) for p in self.conv1d())  # (K, E, W), (K, E)
         c = causal_conv1d(x, weight, bias, activation="silu", **over)  # (B, K, L, E)
         dt, B, C = self.x_proj(c).split(self.sizes, dim=-1)  # (B, K, L, R), (B, K, L, N) twice

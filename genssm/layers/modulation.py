@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genssm.layers.buffers import table_device
+from genssm.layers.packing import Packing
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
@@ -57,7 +58,7 @@ class LayerNorm(nn.Module):
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return x (1 + scale) + shift, for ``x`` (B, L, D) and ``shift``, ``scale`` (B, 1, D)."""
+    """Return x (1 + scale) + shift, for ``x`` (B, L, D) and ``shift``, ``scale`` (B, 1, D) or (B, L, D)."""
     return x * (1 + scale) + shift
 
 
@@ -81,9 +82,13 @@ class Modulation(nn.Module):
             nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Map ``conditioning`` (B, D) to ``num_chunks`` tensors (B, 1, chunk_size) that broadcast over tokens."""
-        return self.linear(F.silu(conditioning))[:, None].chunk(self.num_chunks, dim=-1)
+    def forward(self, conditioning: torch.Tensor, packing: Packing | None = None) -> tuple[torch.Tensor, ...]:
+        """Map ``conditioning`` (B, D) to ``num_chunks`` tensors (B, 1, chunk_size) that broadcast over tokens.
+
+        With ``packing``, where B samples share one row: to tensors (1, L, chunk_size), each token that of its sample.
+        """
+        chunks = self.linear(F.silu(conditioning))[:, None]
+        return (chunks if packing is None else packing.per_token(chunks)).chunk(self.num_chunks, dim=-1)
 
 
 class DropPath(nn.Module):
@@ -107,11 +112,13 @@ class DropPath(nn.Module):
         keep = torch.tensor(1.0 - rate, device=table_device()) if rate else None
         self.register_buffer("keep", keep, persistent=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Drop samples of ``x`` (B, ...); the identity in evaluation mode or at rate 0."""
+    def forward(self, x: torch.Tensor, packing: Packing | None = None) -> torch.Tensor:
+        """Drop samples of ``x`` (B, ...), or of the row (1, L, D) of a ``packing``; the identity in evaluation mode."""
         if not self.training or self.keep is None:
             return x
-        draws = torch.rand(x.shape[:1] + (1,) * (x.dim() - 1), device=x.device)
+        samples = x.shape[0] if packing is None else packing.cu_seqlens.shape[0] - 1
+        draws = torch.rand((samples,) + (1,) * (x.dim() - 1), device=x.device)
+        draws = draws if packing is None else packing.per_token(draws)
         return x * ((draws < self.keep) / self.keep).to(x.dtype)
 
     def extra_repr(self) -> str:

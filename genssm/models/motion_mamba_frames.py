@@ -17,7 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
-from genssm.layers import CrossAttention, DenoiserOutput, LayerNorm, Modulation, masked_mean, modulate
+from genssm.layers import CrossAttention, DenoiserOutput, LayerNorm, Modulation, Packing, masked_mean, modulate
 from genssm.layers.buffers import table_device
 from genssm.layers.condition_tokens import ConditionTokens
 from genssm.layers.isolated_scans import IsolatedScans, scan_counts, two_ways
@@ -43,10 +43,24 @@ class FrameTemporalMamba(nn.Module):
         self.scans = IsolatedScans(inner_size, 2 * scans, dt_rank=math.ceil(hidden_size / 16), **scan)
         self.out_proj = nn.Linear(inner_size, hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, orders: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Map (B, L, C) to (B, L, C), with ``orders`` (2, L) there and back and ``lengths`` (B,) valid tokens."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        orders: torch.Tensor,
+        lengths: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Map (B, L, C) to (B, L, C).
+
+        Args:
+            x: (B, L, C).
+            orders: (2, L), there and back.
+            lengths: (B,) valid tokens.
+            cu_seqlens: borders of clips that share one row, in place of ``lengths``.
+        """
         a, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
-        return self.out_proj(self.scans(a, z, orders.repeat_interleave(self.scans_each_way, dim=0), lengths))
+        orders = orders.repeat_interleave(self.scans_each_way, dim=0)
+        return self.out_proj(self.scans(a, z, orders, lengths, cu_seqlens=cu_seqlens))
 
 
 class FrameSpatialMamba(nn.Module):
@@ -100,11 +114,20 @@ class MotionMambaFrameBlock(nn.Module):
         self.modulation = Modulation(hidden_size, 6 if channel_group else 3)
 
     def forward(
-        self, x: torch.Tensor, conditioning: torch.Tensor, orders: torch.Tensor, lengths: torch.Tensor
+        self,
+        x: torch.Tensor,
+        conditioning: torch.Tensor,
+        orders: torch.Tensor,
+        lengths: torch.Tensor | None,
+        packing: Packing | None = None,
     ) -> torch.Tensor:
-        """Map (B, L, C), conditioned on (B, C), to (B, L, C); ``orders`` (2, L) and ``lengths`` (B,) of the tokens."""
-        shift, scale, gate, *spatial = self.modulation(conditioning)  # (B, 1, C) each
-        x = x + gate * self.temporal(modulate(self.norm_temporal(x), shift, scale), orders, lengths)
+        """Map (B, L, C), conditioned on (B, C), to (B, L, C); ``orders`` (2, L) and ``lengths`` (B,) of the tokens.
+
+        With ``packing`` the row (1, L, C) holds B clips and there are no ``lengths``.
+        """
+        shift, scale, gate, *spatial = self.modulation(conditioning, packing)  # (B, 1, C) or (1, L, C) each
+        over = (orders, lengths, None if packing is None else packing.cu_seqlens)
+        x = x + gate * self.temporal(modulate(self.norm_temporal(x), shift, scale), *over)
         if self.spatial is not None:
             shift, scale, gate = spatial
             x = x + gate * self.spatial(modulate(self.norm_spatial(x), shift, scale))
@@ -187,7 +210,7 @@ class MotionMambaFrames(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | Sequence[torch.Tensor],
         timestep: torch.Tensor | float,
         encoder_hidden_states: torch.Tensor | None = None,
         class_labels: torch.Tensor | None = None,
@@ -198,7 +221,8 @@ class MotionMambaFrames(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Predict.
 
         Args:
-            hidden_states: noisy features, (B, T, F), any T.
+            hidden_states: noisy features, (B, T, F), any T. A list of B clips (T, F), each of a length of its own, is
+                packed into one row of tokens; each then has the result it has alone.
             timestep: (B,) or one number, 0..1000, fractions allowed.
             encoder_hidden_states: text tokens, (B, S, context_dim).
             class_labels: (B,) int64; None means the null class.
@@ -207,41 +231,73 @@ class MotionMambaFrames(ModelMixin, ConfigMixin, PeftAdapterMixin):
             return_dict: return an output object rather than a tuple.
         Returns:
             :class:`genssm.layers.DenoiserOutput` whose ``sample`` has the shape and dtype of ``hidden_states``; zeros
-            after a clip's length.
+            after a clip's length; a list for a list.
         Raises:
             ValueError: shapes do not fit the model, or text is missing.
         """
-        if hidden_states.dim() != 3 or hidden_states.shape[2] != self.config.in_channels:
+        packed = not isinstance(hidden_states, torch.Tensor)
+        if packed:
+            self._check_clips(hidden_states, lengths)
+        elif hidden_states.dim() != 3 or hidden_states.shape[2] != self.config.in_channels:
             expected = f"(B, T, {self.config.in_channels})"
             raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}; this model takes {expected}")
-        frames, patch = hidden_states.shape[1], self.config.patch_size
-        lengths = as_lengths(lengths, hidden_states)
-        valid = valid_frames(lengths, frames)  # (B, T)
-        tokens = (lengths + patch - 1) // patch  # (B,)
-        c = self.condition(timestep, encoder_hidden_states, class_labels, hidden_states)  # (B, 1 + S, C)
+        like = hidden_states[0].new_empty(len(hidden_states)) if packed else hidden_states
+        c = self.condition(timestep, encoder_hidden_states, class_labels, like)  # (B, 1 + S, C)
         context, mask = c[:, 1:], encoder_attention_mask
         mask = mask.bool() if mask is not None else context.new_ones(context.shape[:2], dtype=torch.bool)
         # The text that is told apart by its tokens is added as their mean, a class as itself.
         conditioning = c[:, 0] + masked_mean(context, mask) if context.shape[1] else c[:, 0]  # (B, C)
 
-        x = hidden_states.masked_fill(~valid[..., None], 0.0).to(c.dtype)
-        x = F.pad(x, (0, 0, 0, -frames % patch)).unflatten(1, (-1, patch)).flatten(2)  # (B, L, p F)
-        x = self.frame_embed(x)  # (B, L, C)
-        orders = two_ways(x.shape[1], x.device)  # (2, L)
+        if packed:
+            parts = [self._embed(clip[None].to(c.dtype)) for clip in hidden_states]
+            x = torch.cat(parts, dim=1)  # (1, L, C)
+            packing, tokens = Packing.of([part.shape[1] for part in parts], x.device), None
+            orders = packing.join_orders([two_ways(length, x.device) for length in packing.lengths])  # (2, L)
+            context, mask = packing.join_context(context, mask)
+        else:
+            packing, frames, patch = None, hidden_states.shape[1], self.config.patch_size
+            lengths = as_lengths(lengths, hidden_states)
+            valid = valid_frames(lengths, frames)  # (B, T)
+            tokens = (lengths + patch - 1) // patch  # (B,)
+            x = self._embed(hidden_states.masked_fill(~valid[..., None], 0.0).to(c.dtype))  # (B, L, C)
+            orders = two_ways(x.shape[1], x.device)  # (2, L)
+        over = (conditioning, orders, tokens, packing)
         skips = []
         for block in self.input_blocks:
-            x = self._run(block, x, conditioning, orders, tokens)
+            x = self._run(block, x, *over)
             skips.append(x)
         if self.fusion is not None:
             x = x + self.fusion(self.norm_fusion(x), context, mask)
-        x = self._run(self.middle_block, x, conditioning, orders, tokens)
+        x = self._run(self.middle_block, x, *over)
         for merge, block in zip(self.linear_blocks, self.output_blocks):
-            x = self._run(block, merge(torch.cat([x, skips.pop()], dim=-1)), conditioning, orders, tokens)
-        x = self.proj_out(self.norm_out(x)).unflatten(2, (patch, -1)).flatten(1, 2)[:, :frames]  # (B, T, F)
-        x = (x * valid[..., None]).to(hidden_states.dtype)
-        return DenoiserOutput(sample=x) if return_dict else (x,)
+            x = self._run(block, merge(torch.cat([x, skips.pop()], dim=-1)), *over)
+        x = self.proj_out(self.norm_out(x))  # (B, L, p F)
+        if packed:
+            parts = [part.unflatten(2, (self.config.patch_size, -1))[0].flatten(0, 1) for part in packing.split(x)]
+            sample = [part[: len(clip)].to(clip.dtype) for part, clip in zip(parts, hidden_states)]
+        else:
+            x = x.unflatten(2, (patch, -1)).flatten(1, 2)[:, :frames]  # (B, T, F)
+            sample = (x * valid[..., None]).to(hidden_states.dtype)
+        return DenoiserOutput(sample=sample) if return_dict else (sample,)
 
-    def _run(self, block: MotionMambaFrameBlock, *arguments: torch.Tensor) -> torch.Tensor:
+    def _embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, L, C) of frames (B, T, F), filled up to whole patches with zeros."""
+        patch = self.config.patch_size
+        x = F.pad(x, (0, 0, 0, -x.shape[1] % patch)).unflatten(1, (-1, patch)).flatten(2)  # (B, L, p F)
+        return self.frame_embed(x)
+
+    def _check_clips(self, clips: Sequence[torch.Tensor], lengths: torch.Tensor | Sequence[int] | None) -> None:
+        """Refuse clips that cannot be packed."""
+        if lengths is not None:
+            raise ValueError("lengths are for padded clips; in a list every clip has its own length, leave them out")
+        if not len(clips):
+            raise ValueError("hidden_states is an empty list; pass at least one clip (T, F)")
+        for place, clip in enumerate(clips):
+            if clip.dim() != 2 or clip.shape[1] != self.config.in_channels or not len(clip):
+                expected = f"(T, {self.config.in_channels})"
+                raise ValueError(f"clip {place} of the list has shape {tuple(clip.shape)}; expected {expected}")
+
+    def _run(self, block: MotionMambaFrameBlock, *arguments: torch.Tensor | Packing | None) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *arguments)
         return block(*arguments)

@@ -4,7 +4,6 @@
 # S context tokens, P paths
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -21,6 +20,7 @@ from genssm.layers import (
     LabelEmbedding,
     LayerNorm,
     Modulation,
+    Packing,
     PatchEmbed,
     RMSNorm,
     TimestepEmbedding,
@@ -86,6 +86,7 @@ class ZigMaBlock(nn.Module):
         frames: int = 1,
         context: torch.Tensor | None = None,
         context_mask: torch.Tensor | None = None,
+        packing: Packing | None = None,
     ) -> torch.Tensor:
         """Add one layer to the stream.
 
@@ -96,13 +97,15 @@ class ZigMaBlock(nn.Module):
             frames: F.
             context: text tokens (B, S, D).
             context_mask: (B, S) bool, True where a token may be read.
+            packing: samples that share one row, B = 1: ``conditioning`` then has a row for each, ``context`` (1, S, D)
+                the texts of all and ``context_mask`` is (1, L, S).
 
         Returns:
             (B, L, D), float32.
         """
         batch, length, width = hidden_states.shape
         x = self.norm(hidden_states)  # (B, L, D)
-        shift, scale, gate, *cross = self.modulation(conditioning)  # (B, 1, D) each
+        shift, scale, gate, *cross = self.modulation(conditioning, packing)  # (B, 1, D) or (1, L, D) each
         y = modulate(x, shift, scale)
         if self.axis == "space":
             y = self.mixer(y.reshape(batch * frames, -1, width), order).reshape(batch, length, width)
@@ -112,12 +115,12 @@ class ZigMaBlock(nn.Module):
             y = y.flip(1) if self.mirror_time else y
             y = y.unflatten(0, (batch, -1)).transpose(1, 2).flatten(1, 2)  # (B, L, D)
         else:
-            y = self.mixer(y, order)
+            y = self.mixer(y, order, cu_seqlens=None if packing is None else packing.cu_seqlens)
         x = x + gate * y
         if self.cross_attn is not None:
             shift, scale, gate = cross
             x = x + gate * self.cross_attn(modulate(self.cross_norm(x), shift, scale), context, context_mask)
-        return hidden_states + self.drop_path(x)
+        return hidden_states + self.drop_path(x, packing)
 
 
 class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
@@ -283,7 +286,7 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | Sequence[torch.Tensor],
         timestep: torch.Tensor | float,
         class_labels: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
@@ -293,7 +296,8 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         """Predict.
 
         Args:
-            hidden_states: noisy input, (B, C, H, W), or (B, F, C, H, W) for video.
+            hidden_states: noisy input, (B, C, H, W), or (B, F, C, H, W) for video. A list of B images (C, H, W), each
+                of a size of its own, is packed into one row of tokens; each then has the result it has alone.
             timestep: (B,) or one number, 0..1000, fractions allowed.
             class_labels: (B,) int64; None means the null class.
             encoder_hidden_states: text tokens, (B, S, context_dim); None means the null text.
@@ -302,17 +306,56 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             return_dict: return an output object rather than a tuple.
 
         Returns:
-            :class:`genssm.layers.DenoiserOutput` whose ``sample`` has the shape and dtype of ``hidden_states``.
+            :class:`genssm.layers.DenoiserOutput` whose ``sample`` has the shape and dtype of ``hidden_states``; a list
+            for a list.
 
         Raises:
             ValueError: shapes do not fit the model, or a condition is missing that the model has no null for.
         """
         batch, frames = self._check_input(hidden_states, class_labels)
+        packing = None
+        if isinstance(hidden_states, torch.Tensor):
+            x, token_orders, frame_orders = self._embed(hidden_states, frames)  # (B, L, D)
+        else:
+            tokens, orders, _ = zip(*(self._embed(image[None], frames) for image in hidden_states))
+            x = torch.cat(tokens, dim=1)  # (1, L, D)
+            packing = Packing.of([part.shape[1] for part in tokens], x.device)
+            token_orders, frame_orders = packing.join_orders(orders), None
+
+        c = self.time_embed(self._network_time(timestep, batch, x.device))  # (B, D)
+        if self.label_embed is not None:
+            c = c + self.label_embed(class_labels, batch)
+        text = (encoder_hidden_states, encoder_attention_mask)
+        context, mask = read_text(*text, batch, self.context_embed, self.null_context)  # (B, S, D), (B, S)
+        if context is not None:
+            c = c + masked_mean(context, mask)
+            if packing is not None:
+                context, mask = packing.join_context(context, mask)
+
+        for block, row in zip(self.blocks, self.layer_orders):
+            order = frame_orders if block.axis == "time" else token_orders
+            order = order[row % order.shape[0]]
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, c, order, frames, context, mask, packing)
+            else:
+                x = block(x, c, order, frames, context, mask, packing)  # (B, L, D)
+
+        x = self.proj_out(self.norm_final(self.norm_out(x)))  # (B, L, p p C)
+        if packing is None:
+            sample = self._unembed(x, hidden_states)
+        else:
+            parts = zip(packing.split(x), hidden_states)
+            sample = [self._unembed(part, image[None]).squeeze(0) for part, image in parts]
+        return DenoiserOutput(sample=sample) if return_dict else (sample,)
+
+    def _embed(
+        self, hidden_states: torch.Tensor, frames: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Tokens (B, L, D) of inputs of one size, with their positions, and the orders of tokens and of frames."""
         grid = self._token_grid(*hidden_states.shape[-2:])
         token_orders, frame_orders, fixed_positions = self._layout_for(frames, grid, hidden_states.device)
-
         images = hidden_states.flatten(0, 1) if hidden_states.dim() == 5 else hidden_states  # (B F, C, H, W)
-        x = upcast(self.patch_embed(images)).reshape(batch, frames * math.prod(grid), -1)  # (B, L, D)
+        x = upcast(self.patch_embed(images)).reshape(len(hidden_states), frames * math.prod(grid), -1)
         if self.positions is not None:
             x = x + resize_positions(self.positions, *self._position_grids(frames, grid))
         if fixed_positions is not None:
@@ -320,29 +363,14 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         if self.frame_positions is not None:
             per_frame = resize_positions(self.frame_positions, (self.config.num_frames,), (frames,))  # (1, F, D)
             x = x + per_frame.repeat_interleave(math.prod(grid), dim=1)
+        return x, token_orders, frame_orders
 
-        c = self.time_embed(self._network_time(timestep, batch, hidden_states.device))  # (B, D)
-        if self.label_embed is not None:
-            c = c + self.label_embed(class_labels, batch)
-        text = (encoder_hidden_states, encoder_attention_mask)
-        context, mask = read_text(*text, batch, self.context_embed, self.null_context)  # (B, S, D), (B, S)
-        if context is not None:
-            c = c + masked_mean(context, mask)
-
-        for block, row in zip(self.blocks, self.layer_orders):
-            order = frame_orders if block.axis == "time" else token_orders
-            order = order[row % order.shape[0]]
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, c, order, frames, context, mask)
-            else:
-                x = block(x, c, order, frames, context, mask)  # (B, L, D)
-
-        x = self.proj_out(self.norm_final(self.norm_out(x)))  # (B, L, p p C)
-        x = unpatchify(x.reshape(images.shape[0], math.prod(grid), -1), grid, self.config.patch_size)  # (B F, C, H, W)
-        sample = x.reshape(hidden_states.shape).to(hidden_states.dtype)
-        if self.config.time_convention == "data_at_one":
-            sample = -sample
-        return DenoiserOutput(sample=sample) if return_dict else (sample,)
+    def _unembed(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The prediction, of the shape and dtype of ``like``, from the last tokens (B, L, p p C)."""
+        grid = self._token_grid(*like.shape[-2:])
+        x = unpatchify(x.reshape(-1, math.prod(grid), x.shape[-1]), grid, self.config.patch_size)  # (B F, C, H, W)
+        sample = x.reshape(like.shape).to(like.dtype)
+        return -sample if self.config.time_convention == "data_at_one" else sample
 
     def enable_cache(self, config: Any) -> None:
         """Reuse block results between similar denoising steps; see diffusers' ``CacheMixin`` and its cache configs.
@@ -355,15 +383,32 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         TransformerBlockRegistry.register(ZigMaBlock, TransformerBlockMetadata(return_hidden_states_index=0))
         super().enable_cache(config)
 
-    def _check_input(self, hidden_states: torch.Tensor, labels: torch.Tensor | None) -> tuple[int, int]:
+    def _check_input(
+        self, hidden_states: torch.Tensor | Sequence[torch.Tensor], labels: torch.Tensor | None
+    ) -> tuple[int, int]:
         """Batch size and number of frames of an input that fits the model."""
         if labels is not None and self.label_embed is None:
             raise ValueError("class_labels are given but this model has no classes (num_classes is 0); leave them out")
         channels = self.config.in_channels
+        if not isinstance(hidden_states, torch.Tensor):
+            self._check_images(hidden_states)
+            return len(hidden_states), 1
         shape = f"(B, F, {channels}, H, W)" if self.config.num_frames else f"(B, {channels}, H, W)"
         if hidden_states.dim() != (5 if self.config.num_frames else 4) or hidden_states.shape[-3] != channels:
             raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}; this model takes {shape}")
         return hidden_states.shape[0], hidden_states.shape[1] if self.config.num_frames else 1
+
+    def _check_images(self, images: Sequence[torch.Tensor]) -> None:
+        """Refuse images that cannot be packed."""
+        if self.config.num_frames:
+            raise ValueError("hidden_states is a list; clips are not packed, pass video as (B, F, C, H, W)")
+        if not len(images):
+            raise ValueError("hidden_states is an empty list; pass at least one image (C, H, W)")
+        for place, image in enumerate(images):
+            if image.dim() != 3 or image.shape[0] != self.config.in_channels:
+                expected = f"({self.config.in_channels}, H, W)"
+                raise ValueError(f"image {place} of the list has shape {tuple(image.shape)}; expected {expected}")
+            self._token_grid(*image.shape[1:])
 
     def _token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens for an input size."""
@@ -483,102 +528,3 @@ ZIGMA_PRESETS: dict[str, dict[str, Any]] = {
     "zigzag8_b1_pe2_coco14": {**_LARGE, "context_dim": 768},
     "demo": {**_LARGE, "hidden_size": 640, "num_layers": 18, "in_channels": 3, "context_dim": 768},
 }
-
-# Published key -> ours, by the first pattern that is found; what no pattern names keeps its name.
-_PUBLISHED_KEYS = {
-    r"^x_embedder\.": "patch_embed.",
-    r"^t_embedder\.mlp\.0\.": "time_embed.linear_in.",
-    r"^t_embedder\.mlp\.2\.": "time_embed.linear_out.",
-    r"^y_embedder\.embedding_table\.": "label_embed.table.",
-    r"^y_embedder\.": "context_embed.",
-    r"^pos_embed$": "positions",
-    r"^temporal_pos_embedding$": "frame_positions",
-    r"\.adaLN_modulation\.1\.": ".modulation.linear.",
-    r"\.mixer\.A_b_log$": ".mixer.A_log_b",
-    r"\.mixer\.dt_proj\.bias$": ".mixer.dt_bias",
-    r"\.mixer\.dt_proj_b\.bias$": ".mixer.dt_bias_b",
-    r"\.msa\.to_out\.0\.": ".cross_attn.to_out.",
-    r"\.msa\.": ".cross_attn.",
-    r"^norm_f\.": "norm_out.",
-    r"^final_layer\.linear\.": "proj_out.",
-}
-
-
-def convert_zigma_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Translate the weights of a ZigMa checkpoint of the released code to the keys of :class:`ZigMa`.
-
-    Args:
-        state_dict: tensors under their published names (the ``ema`` or ``model`` part, without ``module.``).
-
-    Returns:
-        The same tensors under our names; a stored table of fixed sine-cosine positions is left out (it is computed).
-    """
-    converted = {}
-    for key, value in state_dict.items():
-        if key == "pos_embed" and _is_sincos(value):
-            continue
-        pattern = next((pattern for pattern in _PUBLISHED_KEYS if re.search(pattern, key)), None)
-        converted[re.sub(pattern, _PUBLISHED_KEYS[pattern], key) if pattern else key] = value
-    return converted
-
-
-def zigma_config_from_published(state_dict: Mapping[str, torch.Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the arguments of :class:`ZigMa` off a published checkpoint.
-
-    Args:
-        state_dict: as for :func:`convert_zigma_state_dict`.
-        given: arguments known from elsewhere (a preset, the user). Needed are those that the tensors do not show: the
-            scan family, ``num_frames`` of a video model without frame positions, ``sample_size`` of a model without
-            positions or with a grid that is not square.
-
-    Returns:
-        All arguments that the tensors show, and ``scan`` and ``sample_size``.
-
-    Raises:
-        ValueError: this is not a ZigMa checkpoint, or an argument that the tensors do not show is missing.
-    """
-    if "x_embedder.proj.weight" not in state_dict or "blocks.0.mixer.A_log" not in state_dict:
-        raise ValueError("no x_embedder.proj.weight or blocks.0.mixer.A_log in the checkpoint; it is not ZigMa's")
-    width, channels, patch, _ = state_dict["x_embedder.proj.weight"].shape
-    inner, d_state = state_dict["blocks.0.mixer.A_log"].shape
-    rank = state_dict["blocks.0.mixer.dt_proj.weight"].shape[1]
-    config: dict[str, Any] = {
-        "in_channels": channels,
-        "patch_size": patch,
-        "hidden_size": width,
-        "num_layers": 1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("blocks.")),
-        "d_state": d_state,
-        "d_conv": state_dict["blocks.0.mixer.conv1d.weight"].shape[-1],
-        "expand": inner // width,
-        "dt_rank": "auto" if rank == math.ceil(width / 16) else rank,
-        "norm": "layer" if "norm_f.bias" in state_dict else "rms",
-        "num_classes": len(state_dict.get("y_embedder.embedding_table.weight", ())),
-        "context_dim": state_dict["y_embedder.weight"].shape[1] if "y_embedder.weight" in state_dict else 0,
-        "null_condition": False,
-        "temporal_pos_embed": "temporal_pos_embedding" in state_dict,
-        "pos_embed": "none",
-        "time_convention": "data_at_one",
-    }
-    if config["temporal_pos_embed"]:
-        config["num_frames"] = state_dict["temporal_pos_embedding"].shape[1]
-    if "blocks.0.mixer.A_b_log" in state_dict:
-        config["scan"] = "raster_bidirectional"
-    table = state_dict.get("pos_embed")
-    if table is not None:
-        config["pos_embed"] = "sincos2d_fixed" if _is_sincos(table) else "learned"
-        frames = max(config.get("num_frames", given.get("num_frames", 0)), 1) if config["pos_embed"] == "learned" else 1
-        side = math.isqrt(table.shape[1] // frames)
-        if frames * side * side == table.shape[1]:
-            config["sample_size"] = patch * side
-    for name in ("scan", "sample_size"):
-        if name not in config and name not in given:
-            raise ValueError(f"the checkpoint does not show {name}; name a preset or give it in the configuration")
-    return {**{name: given[name] for name in ("scan", "sample_size") if name in given}, **config}
-
-
-def _is_sincos(table: torch.Tensor) -> bool:
-    """Whether a position table (1, N, D) is the fixed sine-cosine one of a square grid."""
-    side, width = math.isqrt(table.shape[1]), table.shape[2]
-    if side * side != table.shape[1] or width % 4:
-        return False
-    return torch.allclose(table[0].detach().float().cpu(), sincos_2d(width, side, side), atol=1e-5)

@@ -9,9 +9,11 @@ from genssm.tasks.masked_token import MaskedToken, TextMaskedToken
 from genssm.tasks.motion import MotionDenoising
 from genssm.tasks.motion_vae import MotionReconstruction
 from genssm.tasks.next_token import NextToken, TextNextToken
+from genssm.tasks.packed import PackedImageDenoising, PackedMotionDenoising, PackedTextDenoising
 from genssm.tasks.text import TextDenoising
 from genssm.tasks.tokenizer import TokenizerTraining
 from genssm.tasks.video import TextVideoDenoising, VideoDenoising
+from genssm.training.checks import check_packing
 
 # key of genssm.models.MODELS -> what its training is
 TASKS: dict[str, type[Task]] = {
@@ -31,6 +33,7 @@ UNDER_CAPTIONS: dict[type[Task], type[Task]] = {
     ImageDenoising: TextDenoising,
     MaskedToken: TextMaskedToken,
     NextToken: TextNextToken,
+    PackedImageDenoising: PackedTextDenoising,
     VideoDenoising: TextVideoDenoising,
 }
 
@@ -42,6 +45,9 @@ __all__ = [
     "MotionDenoising",
     "MotionReconstruction",
     "NextToken",
+    "PackedImageDenoising",
+    "PackedMotionDenoising",
+    "PackedTextDenoising",
     "Task",
     "TextDenoising",
     "TextMaskedToken",
@@ -69,7 +75,10 @@ def build_task(config: RunConfig, device: torch.device) -> Task:
 
 
 def _variant(task: type[Task], config: RunConfig) -> type[Task]:
-    """What a model's arguments make of its training."""
+    """What a model's arguments and the data make of its training."""
+    if config.data.pack_tokens or config.motion.pack_frames:
+        check_packing(config)
+        task = PackedMotionDenoising if config.motion.pack_frames else PackedImageDenoising
     if task is ImageDenoising and config.model.args.get("num_frames"):
         task = VideoDenoising
     if task not in UNDER_CAPTIONS:

@@ -13,6 +13,7 @@ from torch import nn
 
 from genssm.config import RunConfig
 from genssm.data import cache_dataset
+from genssm.data.loading import RowStream, Stream
 from genssm.models import MODELS
 from genssm.training.samples import make_grid
 from genssm.training.seeding import seed_globals
@@ -89,6 +90,14 @@ class Task(ABC):
     def feed(self) -> Any:
         """The data set as training reads it, decoded into memory where ``data.cache`` says so."""
         return cache_dataset(self.dataset, self.config.data.cache, self.device)
+
+    def stream(self) -> Stream | RowStream:
+        """In which order training sees what :meth:`feed` has."""
+        return Stream(len(self.dataset), self.config.train.seed)
+
+    def items_per_epoch(self) -> int:
+        """How many of what a batch counts are an epoch."""
+        return len(self.dataset)
 
     @abstractmethod
     def random_numbers(self, count: int, generator: torch.Generator) -> Tensors:

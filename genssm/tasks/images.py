@@ -28,7 +28,7 @@ class ImageDenoising(Task):
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         super().__init__(config, device)
-        self.dataset = build_dataset(config.data)
+        self.dataset = self.open_dataset()
         self.objective = build_objective(config.objective)
         self.vae = load_vae(config.data.vae).to(device) if config.data.vae else None
         stored = isinstance(self.dataset, LatentDataset)
@@ -36,9 +36,7 @@ class ImageDenoising(Task):
             check_vae(self.dataset, self.vae)
         self.model = self.build_model()
         self.encodes = self.vae is not None and not stored  # images become latents while training
-        self.item_shape = tuple(self.dataset.item_shape)  # of what the model sees
-        if self.encodes:
-            self.item_shape = tuple(self.encode(torch.zeros(1, *self.item_shape, device=device)).shape[1:])
+        self.item_shape = self.shape_of_items()
         check_fit(config, self.denoiser, self.dataset, self.item_shape, decodes=self.vae is not None or not stored)
         self.num_classes = self.denoiser.config.num_classes
         self.encoder, self.aligned = None, None
@@ -50,6 +48,20 @@ class ImageDenoising(Task):
                 self.sketch(1)  # says so if the model's tokens are not those of the patches
             self.encoder.to(device)
 
+    def open_dataset(self) -> Any:
+        """The data set of the run."""
+        return build_dataset(self.config.data)
+
+    def shape_of_items(self) -> tuple[int, ...]:
+        """Shape of an item as the model sees it."""
+        shape = tuple(self.dataset.item_shape)
+        return tuple(self.encode(torch.zeros(1, *shape, device=self.device)).shape[1:]) if self.encodes else shape
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the noise of what a batch counts."""
+        return self.item_shape
+
     @property
     def denoiser(self) -> nn.Module:
         """The denoiser itself, which may be a part of what is trained."""
@@ -60,7 +72,7 @@ class ImageDenoising(Task):
         return self.model if self.aligned is None else self.aligned
 
     def random_numbers(self, count: int, generator: torch.Generator) -> Tensors:
-        shape = (count, *self.item_shape)
+        shape = (count, *self.noise_shape)
         numbers = {
             "timesteps": self.objective.sample_timesteps(count, generator, self.device),
             "noise": torch.randn(shape, generator=generator, device=self.device),
@@ -140,7 +152,10 @@ class ImageDenoising(Task):
             },
         )
 
-    def draw(self, pipeline: ClassConditionalImagePipeline, first: int, stride: int) -> dict[int, Image.Image]:
+    def draw(
+        self, pipeline: ClassConditionalImagePipeline, first: int, stride: int, **size: int
+    ) -> dict[int, Image.Image]:
+        """As :meth:`Task.draw`; ``size``: height and width, the denoiser's own by default."""
         log = self.config.log
         return draw_images(
             pipeline,
@@ -151,6 +166,7 @@ class ImageDenoising(Task):
             seed=log.sample_seed,
             num_inference_steps=log.num_inference_steps,
             guidance_scale=log.guidance_scale,
+            **size,
         )
 
     def columns(self, count: int) -> int:

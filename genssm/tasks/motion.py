@@ -150,8 +150,13 @@ class MotionDenoising(Task):
         alignment = None if self.alignment is None else saved_component(MotionAlignment, pipeline, "alignment")
         return CaptionedMotion(denoiser, text_encoder, self.options.text_states, alignment)
 
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the noise of what a batch counts."""
+        return self.item_shape
+
     def random_numbers(self, count: int, generator: torch.Generator) -> Tensors:
-        shape = (count, *self.item_shape)
+        shape = (count, *self.noise_shape)
         numbers = {
             "timesteps": self.objective.sample_timesteps(count, generator, self.device),
             "noise": torch.randn(shape, generator=generator, device=self.device),

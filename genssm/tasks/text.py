@@ -23,5 +23,6 @@ class TextDenoising(Captioned, ImageDenoising):
         facts = {**super().card().facts, "text encoder": self.config.text.encoder}
         return Card(tag="text-to-image", subject=about, example=example, facts=facts)
 
-    def draw(self, pipeline: TextToImagePipeline, first: int, stride: int) -> dict[int, Image.Image]:
-        return self.draw_prompts(pipeline, first, stride, num_inference_steps=self.config.log.num_inference_steps)
+    def draw(self, pipeline: TextToImagePipeline, first: int, stride: int, **size: int) -> dict[int, Image.Image]:
+        steps = self.config.log.num_inference_steps
+        return self.draw_prompts(pipeline, first, stride, num_inference_steps=steps, **size)

@@ -13,13 +13,14 @@ from genssm.training.checkpoint import TEMPORARY, latest_checkpoint, restore_rep
 _NOT_NEGATIVE = (
     "train.lr_warmup_steps", "train.weight_decay", "train.max_grad_norm", "train.ema_decay", "train.class_dropout_prob",
     "train.layer_shuffle",
-    "train.checkpoints_total_limit", "log.sample_every", "data.num_workers", "evaluate.every",
+    "train.checkpoints_total_limit", "log.sample_every", "data.num_workers", "evaluate.every", "data.pack_tokens",
+    "motion.pack_frames",
 )  # fmt: skip
 _POSITIVE_ARGUMENTS = ("in_channels", "patch_size", "hidden_size", "num_layers", "d_state", "expand", "headdim")
 _POSITIVE = (
     "train.max_train_steps", "train.train_batch_size", "train.gradient_accumulation_steps", "train.learning_rate",
     "train.checkpointing_steps", "log.log_every", "log.num_samples", "log.num_inference_steps",
-    "evaluate.num_inference_steps", "evaluate.batch_size",
+    "evaluate.num_inference_steps", "evaluate.batch_size", "data.multiple",
 )  # fmt: skip
 
 
@@ -110,6 +111,31 @@ def check_fit(
     for dotted in ("log.sample_every", "evaluate.every"):
         if get_value(config, dotted) and not decodes:
             raise ValueError(f"pictures of latents need a VAE; set data.vae to its folder, or {dotted}=0")
+
+
+def check_packing(config: RunConfig) -> None:
+    """Refuse what cannot be packed, and settings that packing would break.
+
+    Raises:
+        ValueError: a model, data or an option that does not go with ``data.pack_tokens`` or ``motion.pack_frames``.
+    """
+    motion = bool(config.motion.pack_frames)
+    name = "motion.pack_frames" if motion else "data.pack_tokens"
+    if motion and config.data.pack_tokens:
+        raise ValueError("data.pack_tokens packs images and motion.pack_frames motions; set one of them to 0")
+    if config.model.name != ("motion_mamba_frames" if motion else "zigma"):
+        able = "motion_mamba_frames" if motion else "zigma"
+        raise ValueError(f"model.name={config.model.name} cannot be packed; use {able}, or set {name}=0")
+    if config.model.args.get("num_frames"):
+        raise ValueError(f"clips of video are not packed; set model.args.num_frames=0, or {name}=0")
+    for dotted, off, reason in (
+        ("train.layer_shuffle", 0, "would exchange tokens of different samples"),
+        ("data.cache", "none", "keeps items of one size"),
+        ("align.encoder", None, "reads images of one size"),
+        ("evaluate.every", 0, "measures images of one size"),
+    ):
+        if get_value(config, dotted) != off:
+            raise ValueError(f"{dotted} {reason}; with {name} set it to {'null' if off is None else off}")
 
 
 def claim_run_folder(config: RunConfig, *, write: bool = True) -> Path | None:

@@ -100,7 +100,7 @@ def describe_run(task: Any, shares: Any) -> str:
     )
     parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.items() if name != "total")
     seen = train.max_train_steps * train.train_batch_size
-    epochs = seen / len(task.dataset)
+    epochs = seen / task.items_per_epoch()
     lines = {
         "model": f"{type(task.model).__name__}, {count_parameters(task.model):,} parameters",
         **task.describe(),

@@ -5,12 +5,8 @@ import pytest
 import torch
 
 from genssm.layers import Mamba
-from genssm.models.zigma import (
-    ZIGMA_PRESETS,
-    ZigMa,
-    convert_zigma_state_dict,
-    zigma_config_from_published,
-)
+from genssm.models.zigma import ZIGMA_PRESETS, ZigMa
+from genssm.models.zigma_published import convert_zigma_state_dict, zigma_config_from_published
 from genssm.scan_orders import stack, time_mirror
 from tests.models import common
 
