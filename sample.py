@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import genssm.pipelines  # noqa: F401  makes our pipeline classes known to diffusers
 from genssm import env, motion_samples
+from genssm.data.video import FORMATS as VIDEO_FORMATS
 from genssm.data.video import Clip, write_clip
 from genssm.errors import cli
 from genssm.kernels import dispatch
@@ -41,7 +42,6 @@ from genssm.training.samples import grid_columns, make_grid
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD, PARTIAL = "samples.json", ".partial-"
-VIDEO_FORMATS = {"gif": ".gif", "mp4": ".mp4", "npy": ".npy", "frames": ""}  # name -> suffix; frames are a folder
 CALL = ("height", "width", "num_inference_steps", "guidance_scale", "guidance_interval", "guidance_rescale",
         "guidance_power", "temperature", "top_k", "top_p")  # fmt: skip
 # CALL: arguments of pipelines that are options of the same name; a pipeline gets those that it knows.

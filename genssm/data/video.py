@@ -11,6 +11,7 @@ from genssm.data.sources import EXTENSIONS
 
 ARRAYS, ANIMATIONS, VIDEOS = (".npy",), (".gif",), (".mp4", ".avi", ".mov", ".mkv", ".webm")
 CLIPS = (*ARRAYS, *ANIMATIONS, *VIDEOS)
+FORMATS = {"gif": ".gif", "mp4": ".mp4", "npy": ".npy", "frames": ""}  # name -> suffix; frames are a folder
 
 
 class Clip:

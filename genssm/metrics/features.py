@@ -56,10 +56,14 @@ class FeatureExtractor(abc.ABC):
 
     Attributes:
         gaussian: the part of a feature vector whose mean and covariance are taken.
+        of: what a feature vector is of: "images"; of clips, "clips" or "frames".
+        rows: feature vectors of one item.
     """
 
     protocol: FeatureProtocol
-    gaussian: ClassVar[slice] = slice(None)
+    gaussian: slice = slice(None)
+    of: ClassVar[str] = "images"
+    rows: int = 1
 
     def __init__(self, device: str | torch.device) -> None:
         self.device = torch.device(device)
@@ -79,14 +83,19 @@ class FeatureExtractor(abc.ABC):
         Raises:
             ValueError: the images are of another type or shape, or the network returns another shape.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (B, 3, H, W)")
+        self.check(images)
         with exact_convolutions():
             features = self.extract(images)
-        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+        count = len(images) * self.rows
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != count:
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"{self.protocol.name} returned {got} for {len(images)} images; expected (B, F)")
+            raise ValueError(f"{self.protocol.name} returned {got} for {count} {self.of}; expected (B, F)")
         return features.float().cpu()
+
+    def check(self, images: Tensor) -> None:
+        """Raise a ValueError unless a batch has the type and the shape that :meth:`extract` takes."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (B, 3, H, W)")
 
 
 class InceptionFeatures(FeatureExtractor):
@@ -183,12 +192,26 @@ class UserFeatures(FeatureExtractor):
         if isinstance(function, nn.Module):
             function = function.to(self.device).eval()
         if not callable(function):
-            raise ValueError(f"{name} is a {type(function).__name__}; expected a function of images")
+            raise ValueError(f"{name} is a {type(function).__name__}; expected a function of {self.of}")
         self.function = function
         self.protocol = FeatureProtocol(name, digest, resize="by the network", is_fid=False, library=library)
 
     def extract(self, images: Tensor) -> Tensor:
-        return self.function(images.to(self.device))
+        images = images.to(self.device)
+        if isinstance(self.function, torch.jit.ScriptModule):
+            return call_torchscript(self.function, self.protocol.name, images)
+        return self.function(images)
+
+
+def call_torchscript(network: nn.Module, name: str, x: Tensor, **options: bool) -> Tensor:
+    """What a network of a file returns; a ValueError with the shape of ``x`` where it cannot compute that."""
+    try:
+        return network(x, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = [line for line in str(error).splitlines() if line.strip()][-1].strip()
+        raise ValueError(f"{name} cannot read {tuple(x.shape)}: {reason}") from error
 
 
 def exact_convolutions() -> AbstractContextManager[None]:
@@ -226,14 +249,26 @@ def build_extractor(
     if kind == "classifier":
         return ClassifierFeatures(rest, device)
     if kind == "torchscript":
-        file = Path(rest)
-        if not file.is_file():
-            raise FileNotFoundError(f"no TorchScript file {file}")
-        digest = file_hash(file)
-        network = _jit_load(file)
-        return UserFeatures(network, file.name, digest, "TorchScript", device)
-    function, digest = _import_function(kind, rest)
+        return UserFeatures(*load_torchscript(Path(rest)), "TorchScript", device)
+    function, digest = import_function(kind, rest)
     return UserFeatures(function, spec, digest, device=device)
+
+
+def load_torchscript(file: Path) -> tuple[nn.Module, str, str]:
+    """A TorchScript network on the CPU, the name of its file and its sha256.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no TorchScript file {file}")
+    try:
+        network = _jit_load(file)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{file} is no TorchScript network (torch.jit.save writes one): {reason}") from None
+    return network, file.name, file_hash(file)
 
 
 def _require_cleanfid() -> str:
@@ -309,7 +344,13 @@ def build_resizer(mode: str, size: int = 299) -> Any:
     return lambda images: torch.stack(list(pool.map(one, images)))
 
 
-def _import_function(module_name: str, function_name: str) -> tuple[Any, str]:
+def import_function(module_name: str, function_name: str) -> tuple[Any, str]:
+    """``function_name`` of a module on the Python path or in the current folder, and the sha256 of its file.
+
+    Raises:
+        ImportError: the module cannot be imported.
+        ValueError: the module has no such function.
+    """
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

@@ -95,7 +95,7 @@ class VisionFeatures(FeatureExtractor):
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"no {kind} network in {folder}: expected config.json and weights as transformers saves them; put the "
-                f"files of {source} there or name another folder with --{kind}"
+                f"files of {source} there or name another folder with --{kind} (of clips: frames:{kind}:DIR)"
             )
         self.kind = kind
         self.network = _load_vision(kind, folder).to(self.device).eval()
