@@ -209,7 +209,7 @@ def call_torchscript(network: nn.Module, name: str, x: Tensor, **options: bool) 
         return network(x, **options)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, torch.jit.Error) as error:
         reason = [line for line in str(error).splitlines() if line.strip()][-1].strip()
         raise ValueError(f"{name} cannot read {tuple(x.shape)}: {reason}") from error
 

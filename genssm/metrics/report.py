@@ -72,12 +72,19 @@ def check_same_features(samples: Statistics, reference: Statistics) -> None:
             "%s does not say which network and resize made it; taken as %s", reference.name, samples.protocol.name
         )
         return
+    check_same_protocol(reference, samples.protocol, samples.clips)
+
+
+def check_same_protocol(reference: Statistics, protocol: FeatureProtocol, clips: Mapping[str, Any] | None) -> None:
+    """Raise a ValueError if statistics say that they are of another network or resize, or of clips cut otherwise."""
+    if reference.protocol is None:
+        return
     for field in ("weights_sha256", "resize"):
-        ours, theirs = getattr(samples.protocol, field), getattr(reference.protocol, field)
+        ours, theirs = getattr(protocol, field), getattr(reference.protocol, field)
         if ours != theirs:
             raise ValueError(f"{reference.name} was made with {field} {theirs}, the samples with {ours}")
-    if samples.clips != reference.clips:
-        ours, theirs = (_clips_text(statistics.clips) for statistics in (samples, reference))
+    if clips != reference.clips:
+        theirs, ours = _clips_text(reference.clips), _clips_text(clips)
         raise ValueError(f"{reference.name} was made of {theirs}, the samples are {ours}")
 
 

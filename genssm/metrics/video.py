@@ -38,7 +38,7 @@ from genssm.metrics.statistics import Statistics, collect, is_statistics, load_s
 EPILOG = """\
 features
   i3d[:FILE]        the Frechet video distance (FVD) of the field: i3d_torchscript.pt as published with StyleGAN-V
-  videomae[:DIR]    the same in a VideoMAE saved by transformers; less blind to motion than I3D
+  videomae[:DIR]    the same in a VideoMAE saved by transformers, which looks more at motion (Ge et al. 2024)
   torchscript:FILE  a network of yours, called with uint8 (B, F, 3, H, W) and returning (B, C)
   module:function   the same in Python, found in the current folder too
   frames:NET        every frame as an image, frame-wise FID and KID: inception (--weights, --resize-mode), clip[:DIR],
@@ -131,7 +131,9 @@ def reference_statistics(options: argparse.Namespace, extractor: ClipFeatures, c
     if path.suffix == ".npz" and path.is_file() and is_statistics(path):
         if options.save_stats:
             raise ValueError(f"{path} holds statistics already; --save-stats is for a --reference of clips")
-        return load_statistics(path)
+        found = load_statistics(path)
+        reports.check_same_protocol(found, extractor.protocol, {**cut.protocol(), "features_of": extractor.of})
+        return found  # told before hours of drawing
     return _collect(open_source(options.reference, options, cut), extractor, options)
 
 
