@@ -311,6 +311,40 @@ def test_damage_is_found(tmp_path: Path) -> None:
         verify(out)
     with pytest.raises(FileNotFoundError, match=r"no meta\.json with checksums"):
         verify(tmp_path)
+    (out / "names.json").write_text('["a", "c"]')
+    with pytest.raises(ValueError, match=r"names\.json is damaged; encode it again"):
+        verify(out)
+    (out / "names.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"names\.json is missing; encode it again"):
+        verify(out)
+    (out / "meta.json").write_bytes((out / "meta.json").read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"meta\.json is damaged \("):
+        verify(out)
+
+
+def test_folder_killed_at_its_very_end_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the notes of the blocks were taken away: the same command makes the folder, other data do not."""
+    arguments = {"shape": (5, 2), "dtype": "f4", "quiet": True}
+    values = np.arange(10.0).reshape(5, 2)
+
+    def fill(labels: list[int], **more: int) -> Path:
+        return fill_folder(
+            tmp_path / "a", "x.npy", {}, lambda a, b: values[a:b], beside={"labels.json": labels}, **arguments, **more
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks.Path, "unlink", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fill([1, 2])
+    assert not (tmp_path / "a.partial" / "blocks").exists()
+    with pytest.raises(ValueError, match="begun with other settings or data"):
+        fill([1, 3])
+    assert verify(fill([1, 2])) == 1
+    with pytest.raises(FileExistsError, match="choose another --out"):
+        fill([1, 2])
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(ValueError, match="--batch-size is 0"):
+        fill([1, 2], batch_size=0)
 
 
 @pytest.mark.slow
