@@ -284,6 +284,9 @@ class DenoisingPipeline(DiffusionPipeline):
         unknown = sorted(set(ode_options or ()) - {"rtol", "atol", "error_norm", "max_evaluations"})
         if unknown:
             raise ValueError(f"ode_options {unknown} are unknown; there are rtol, atol, error_norm, max_evaluations")
+        tolerances = {key: ode_options[key] for key in ("rtol", "atol") if key in (ode_options or {})}
+        if any(value <= 0 for value in tolerances.values()):
+            raise ValueError(f"ode_options {tolerances} are tolerances; expected more than 0")
         if flow_settings(self.scheduler) is None:
             raise ValueError(f"ode_solver needs a flow model; {type(self.scheduler).__name__} samples a diffusion")
         if callback is not None:

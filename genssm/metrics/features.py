@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import logging
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -264,11 +265,28 @@ def load_torchscript(file: Path) -> tuple[nn.Module, str, str]:
     if not file.is_file():
         raise FileNotFoundError(f"no TorchScript file {file}")
     try:
-        network = _jit_load(file)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_JIT_DEPRECATED)
+            network = torch.jit.load(str(file), map_location="cpu")
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{file} is no TorchScript network (torch.jit.save writes one): {reason}") from None
+        raise ValueError(f"{file} is no TorchScript network (torch.jit.save writes one): {_first(error)}") from None
     return network, file.name, file_hash(file)
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.pth`` file of PyTorch; a ValueError if it holds something else."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise ValueError(f"{file} is no file of tensors (torch.save writes one): {_first(error)}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} holds a {type(state).__name__}; expected tensors by name")
+    return state
+
+
+def _first(error: Exception) -> str:
+    """The first sentence of a long message."""
+    return str(error).strip().splitlines()[0].split(". ")[0]
 
 
 def _require_cleanfid() -> str:
@@ -279,28 +297,27 @@ def _require_cleanfid() -> str:
     return version("clean-fid")
 
 
-def _jit_load(file: Path) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=_JIT_DEPRECATED)
-        return torch.jit.load(str(file), map_location="cpu")
-
-
 def _load_torchscript(file: Path, resize: str) -> nn.Module:
     from cleanfid.inception_torchscript import InceptionV3W
 
-    name = INCEPTION_FILES["torchscript"].name
+    name, given = INCEPTION_FILES["torchscript"].name, file
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_JIT_DEPRECATED)
         if file.name != name:  # clean-fid takes a folder and opens this name in it
             shutil.copyfile(file, Path(folder, name))
             file = Path(folder, name)
-        return InceptionV3W(str(file.parent), download=False, resize_inside=resize == "legacy_tensorflow")
+        try:
+            return InceptionV3W(str(file.parent), download=False, resize_inside=resize == "legacy_tensorflow")
+        except RuntimeError as error:
+            raise ValueError(
+                f"{given} is no TorchScript network, as resize mode {resize} needs: {_first(error)}"
+            ) from None
 
 
 def _load_pytorch_fid(file: Path, resize: str) -> nn.Module:
     from cleanfid import inception_pytorch
 
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    state = load_tensors(file)
     fetch = inception_pytorch.load_state_dict_from_url
     # clean-fid can only load from its URL; give it the tensors that are already here instead.
     inception_pytorch.load_state_dict_from_url = lambda *args, **kwargs: state
@@ -308,6 +325,8 @@ def _load_pytorch_fid(file: Path, resize: str) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             network = inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False)
+    except RuntimeError as error:
+        raise ValueError(f"{file} does not hold the Inception weights of pytorch-fid: {_first(error)}") from None
     finally:
         inception_pytorch.load_state_dict_from_url = fetch
     return _PytorchFid(network)

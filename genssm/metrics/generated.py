@@ -134,6 +134,8 @@ def drawing_arguments(pipeline: Any, options: argparse.Namespace) -> dict[str, A
     tolerances = {key: getattr(options, f"ode_{key}") for key in ("rtol", "atol")}
     if any(value is not None for value in tolerances.values()) and options.ode_solver not in ADAPTIVE_METHODS:
         raise ValueError(f"tolerances are for the adaptive ODE solvers: {', '.join(ADAPTIVE_METHODS)}")
+    if any(value is not None and value <= 0 for value in tolerances.values()):
+        raise ValueError("--ode-rtol and --ode-atol are above 0")
     if options.ode_solver in ADAPTIVE_METHODS:
         call["ode_options"] = {"rtol": tolerances["rtol"] or 1e-3, "atol": tolerances["atol"] or 1e-6}
     return call

@@ -225,7 +225,7 @@ def load_report(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no report {path}; --report FILE writes one")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no text, or no JSON
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(report, dict) or report.get("format") != FORMAT:
         raise ValueError(f"{path} is no report of genssm.metrics.fid or genssm.metrics.video ({FORMAT})")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from genssm.config import DataConfig, load_config
 from genssm.data import CROPS, ImageDataset, build_dataset
-from genssm.data.sources import Source, from_files, list_images, npz
+from genssm.data.sources import READ_ERRORS, Source, from_files, list_images, npz
 from genssm.data.transforms import ImageTransform
 
 
@@ -172,7 +172,12 @@ def file_source(path: str | Path) -> ListedSource:
         return ListedSource(from_files(files, path, "none"), ImageTransform(), str(path), file_format)
     if not path.is_file() or path.suffix != ".npz":
         raise FileNotFoundError(f"{path} is neither a folder of images nor an .npz file")
-    return ListedSource(npz(str(path), "", None, False), ImageTransform(), str(path), "npz")
+    try:
+        return ListedSource(npz(str(path), "", None, False), ImageTransform(), str(path), "npz")
+    except ValueError:
+        raise
+    except READ_ERRORS as error:
+        raise ValueError(f"cannot read {path}: {error or type(error).__name__}") from error
 
 
 def content_hash(digests: Sequence[bytes]) -> str:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,9 +90,11 @@ def collect(
         keep_features: keep (n, F) float32 for the kernel distance; otherwise memory does not grow with n.
         progress: show a bar.
     Raises:
-        ValueError: fewer than two images, or a feature is not finite.
+        ValueError: fewer than two images, a batch size below 1, or a feature is not finite.
     """
     unit = "image" if source.clips is None else "clip"
+    if batch_size < 1:
+        raise ValueError(f"the batch size of features is {batch_size}; expected at least 1")
     if len(source) < 2:
         raise ValueError(f"{source.name} holds {len(source)} {unit}s; a covariance needs at least 2")
     rank, processes = _place()
@@ -164,7 +167,7 @@ def load_statistics(path: str | Path) -> Statistics:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no statistics file {path}; make one with --reference SOURCE --save-stats {path}")
-    with np.load(path, allow_pickle=False) as archive:
+    with open_archive(path) as archive:
         if not {"mu", "sigma"} <= set(archive.files):
             raise ValueError(f"{path} holds {', '.join(archive.files)}; reference statistics are mu and sigma")
         mu, sigma = archive["mu"].astype(np.float64), archive["sigma"].astype(np.float64)
@@ -191,9 +194,20 @@ def mean_differences(clips: torch.Tensor) -> list[float]:
 
 
 def is_statistics(path: Path) -> bool:
-    """Whether an ``.npz`` file holds ``mu`` and ``sigma``."""
-    with np.load(path, allow_pickle=False) as archive:
+    """Whether an ``.npz`` file holds ``mu`` and ``sigma``; a ValueError if it is damaged."""
+    with open_archive(path) as archive:
         return {"mu", "sigma"} <= set(archive.files)
+
+
+def open_archive(path: Path) -> Any:
+    """An ``.npz`` file as :func:`numpy.load` opens it; a ValueError that names it if it is no such file or damaged."""
+    try:
+        archive = np.load(path, allow_pickle=False)
+    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}; it is no .npz file, or damaged: make it again") from error
+    if isinstance(archive, np.ndarray):
+        raise ValueError(f"{path} is a single array (.npy); expected an .npz archive")
+    return archive
 
 
 def _place() -> tuple[int, int]:
