@@ -111,6 +111,8 @@ class Guidance:
     power: float = 0.0
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.scale) or not math.isfinite(self.power):
+            raise ValueError(f"guidance_scale is {self.scale}, guidance_power {self.power}; expected finite numbers")
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"guidance_interval is {self.interval}; expected 0 <= low <= high <= 1 (1 is pure noise)")
