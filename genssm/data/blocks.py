@@ -116,16 +116,12 @@ def verify(folder: str | Path) -> int:
         ValueError: a file or rows are damaged; the message says which.
     """
     folder = Path(folder)
-    about = _checksums(folder)
-    for name, digest in about.get("beside", {}).items():
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing; encode it again")
-        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
-            raise ValueError(f"{folder / name} is damaged; encode it again")
-    try:
-        array = np.load(folder / about["file"], mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / about['file']} cannot be read: {error}; encode it again") from error
+    about = _read_meta(folder).get("blocks") if (folder / "meta.json").is_file() else None
+    if about is None:
+        raise FileNotFoundError(
+            f"{folder} has no meta.json with checksums; the folders that genssm.data encodes have one: encode it again"
+        )
+    _, array = open_folder(folder, about["file"])
     rows = about["rows"]
     expected = -(-len(array) // rows)
     if expected != len(about["sha256"]):
@@ -144,6 +140,35 @@ def verify(folder: str | Path) -> int:
     return expected
 
 
+def open_folder(folder: Path, file: str, keys: Sequence[str] = ()) -> tuple[dict[str, Any], np.ndarray]:
+    """``meta.json`` and the memory-mapped array of a folder.
+
+    The small files beside the array are compared with their checksums; :func:`verify` also does that with the rows.
+
+    Args:
+        folder: with ``meta.json`` and ``file``.
+        file: name of the array.
+        keys: what ``meta.json`` must say.
+
+    Raises:
+        FileNotFoundError: a small file is missing.
+        ValueError: a file is cut off or damaged, or ``meta.json`` lacks a key; the message says which.
+    """
+    meta = _read_meta(folder)
+    lacking = [key for key in keys if key not in meta]
+    if lacking:
+        raise ValueError(f"{folder / 'meta.json'} lacks {', '.join(lacking)}; encode it again")
+    for name, digest in meta.get("blocks", {}).get("beside", {}).items():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing; encode it again")
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{folder / name} is damaged, or was changed after it was made; encode it again")
+    try:
+        return meta, np.load(folder / file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{folder / file} cannot be read: {error}; encode it again") from error
+
+
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file whole or not at all."""
     temporary = path.with_suffix(".tmp")
@@ -151,17 +176,15 @@ def write_json(path: Path, value: object) -> None:
     os.replace(temporary, path)
 
 
-def _checksums(folder: Path) -> dict:
-    meta = folder / "meta.json"
+def _read_meta(folder: Path) -> dict[str, Any]:
+    file = folder / "meta.json"
     try:
-        about = json.loads(meta.read_text(encoding="utf-8")).get("blocks") if meta.is_file() else None
+        meta = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{meta} is damaged ({error}); encode it again") from None
-    if about is None:
-        raise FileNotFoundError(
-            f"{folder} has no meta.json with checksums; the folders that genssm.data encodes have one: encode it again"
-        )
-    return about
+        raise ValueError(f"{file} is damaged ({error}); encode it again") from None
+    if not isinstance(meta, dict):
+        raise ValueError(f"{file} is damaged (a {type(meta).__name__}); encode it again")
+    return meta
 
 
 def _contents(name: str, values: Any) -> bytes:
