@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import genssm.pipelines  # noqa: F401  makes our pipeline classes known to diffusers
 from genssm import env, motion_samples
+from genssm.data.video import FORMATS as VIDEO_FORMATS
 from genssm.data.video import Clip, write_clip
 from genssm.errors import cli
 from genssm.kernels import dispatch
@@ -41,7 +42,6 @@ from genssm.training.samples import grid_columns, make_grid
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD, PARTIAL = "samples.json", ".partial-"
-VIDEO_FORMATS = {"gif": ".gif", "mp4": ".mp4", "npy": ".npy", "frames": ""}  # name -> suffix; frames are a folder
 CALL = ("height", "width", "num_inference_steps", "guidance_scale", "guidance_interval", "guidance_rescale",
         "guidance_power", "temperature", "top_k", "top_p")  # fmt: skip
 # CALL: arguments of pipelines that are options of the same name; a pipeline gets those that it knows.
@@ -95,6 +95,15 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     machine.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
     machine.add_argument("--compile", action="store_true", help="compile the denoiser's repeated blocks")
     args = parser.parse_args(arguments)
+    if args.fps <= 0:
+        parser.error(f"argument --fps: {args.fps:g} frames per second; expected more than 0")
+    if min(args.ode_rtol, args.ode_atol) <= 0:
+        parser.error(f"tolerances are {args.ode_rtol:g} and {args.ode_atol:g}; expected more than 0")
+    tolerances = [key for key in ("ode_rtol", "ode_atol") if getattr(args, key) != parser.get_default(key)]
+    if tolerances and args.ode_solver not in ADAPTIVE_METHODS:
+        parser.error(f"tolerances are for the adaptive ODE solvers: {', '.join(ADAPTIVE_METHODS)}")
+    args.of_clips = [f"--{key.replace('_', '-')}" for key in ("video_format", "fps")
+                     if getattr(args, key) != parser.get_default(key)]  # fmt: skip
     args.changed = [key for key in (*CALL, "scheduler", "ode_solver") if getattr(args, key) != parser.get_default(key)]
     return args
 
@@ -104,6 +113,8 @@ def load(folder: Path, args: argparse.Namespace, device: torch.device) -> Diffus
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=DTYPES[args.dtype]).to(device)
     if not hasattr(pipe, "denoiser"):
         raise ValueError(f"the {type(pipe).__name__} in {folder} draws no images; give a run of a model that does")
+    if not is_video(pipe) and args.of_clips:
+        raise ValueError(f"{', '.join(args.of_clips)}: for clips, but the model in {folder} makes images; leave it out")
     idle = [key for key in args.changed if key not in known(pipe) and not (key == "scheduler" and has_scheduler(pipe))]
     if idle:
         options = ", ".join("--" + key.replace("_", "-") for key in idle)

@@ -179,8 +179,8 @@ class TextConditions:
             return len(prompt_embeds)
         if prompt_attention_mask is not None:
             raise ValueError(f"{kind}_attention_mask belongs to {kind}_embeds; leave it out with {kind}")
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not texts or not all(isinstance(text, str) for text in texts):
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{kind} is {prompt!r}; expected a text or a list of texts")
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(f"this pipeline has no text encoder and tokenizer; pass {kind}_embeds instead of {kind}")

@@ -111,6 +111,8 @@ class Guidance:
     power: float = 0.0
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.scale) or not math.isfinite(self.power):
+            raise ValueError(f"guidance_scale is {self.scale}, guidance_power {self.power}; expected finite numbers")
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"guidance_interval is {self.interval}; expected 0 <= low <= high <= 1 (1 is pure noise)")
@@ -284,6 +286,9 @@ class DenoisingPipeline(DiffusionPipeline):
         unknown = sorted(set(ode_options or ()) - {"rtol", "atol", "error_norm", "max_evaluations"})
         if unknown:
             raise ValueError(f"ode_options {unknown} are unknown; there are rtol, atol, error_norm, max_evaluations")
+        tolerances = {key: ode_options[key] for key in ("rtol", "atol") if key in (ode_options or {})}
+        if any(value <= 0 for value in tolerances.values()):
+            raise ValueError(f"ode_options {tolerances} are tolerances; expected more than 0")
         if flow_settings(self.scheduler) is None:
             raise ValueError(f"ode_solver needs a flow model; {type(self.scheduler).__name__} samples a diffusion")
         if callback is not None:

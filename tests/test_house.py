@@ -27,7 +27,7 @@ FLOORS = [
     {"genssm.convert", "genssm.env", "genssm.motion_samples"},
     {"genssm.tasks"},
     # These draw their samples through a pipeline.
-    {"genssm.metrics.fid", "genssm.metrics.motion", "genssm.metrics.pairs"},
+    {"genssm.metrics.fid", "genssm.metrics.motion", "genssm.metrics.pairs", "genssm.metrics.video"},
     {"genssm.pipelines"},
     {"genssm.training", "genssm.data", "genssm.metrics", "genssm.text"},
     {"genssm.models"},

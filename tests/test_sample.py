@@ -167,6 +167,26 @@ def test_numbers_are_positive(run: Run, option: str, capsys: pytest.CaptureFixtu
     assert "'0' is not a whole number from 1 on" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--fps", 0), "--fps: 0 frames per second; expected more than 0"),
+        (("--ode-solver", "dopri5", "--ode-rtol", -1), "tolerances are -1 and 1e-06; expected more than 0"),
+        (("--ode-rtol", 0.1), "tolerances are for the adaptive ODE solvers: dopri5"),
+        (("--ode-solver", "rk4", "--ode-atol", 0.1), "tolerances are for the adaptive ODE solvers: dopri5"),
+    ],
+)
+def test_options_that_mean_nothing(run: Run, options: tuple, message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        run(*options)
+    assert message in capsys.readouterr().err
+
+
+def test_options_of_clips_are_refused_for_images(run: Run) -> None:
+    with pytest.raises(ValueError, match=r"--video-format, --fps: for clips, but the model in .* makes images"):
+        run("--video-format", "mp4", "--fps", 12)
+
+
 def test_mistakes_are_explained(run: Run, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no pipeline folder"):
         run(model=tmp_path)

@@ -74,7 +74,12 @@ def from_sidecars(files: Sequence[Path]) -> Captions:
 def from_folder(folder: Path) -> Captions | None:
     """The captions in the folder of an encoded data set, ``captions.json``; None where there are none."""
     file = folder / "captions.json"
-    return tuple(map(tuple, read_json(read_text(file), file))) if file.is_file() else None
+    if not file.is_file():
+        return None
+    table = read_json(read_text(file), file)
+    if not isinstance(table, list):
+        raise ValueError(f"{file}: expected the captions of each item in a list, got a {type(table).__name__}")
+    return tuple(checked(texts, f"{file}, item {i}") for i, texts in enumerate(table))
 
 
 def read_text(file: Path) -> str:

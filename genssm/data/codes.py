@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from genssm.data.blocks import open_folder
 from genssm.data.captions import Captions, draw_caption, from_folder, mirrors
 from genssm.models import VQTokenizer
 from genssm.training.checkpoint import latest_checkpoint
@@ -63,8 +64,7 @@ def _own(root: Path) -> CodeStore | None:
     """``codes.npy`` (N, A, T), ``meta.json``, perhaps ``labels.npy``, ``captions.json``, of ``data.encode_codes``."""
     if not (root / "meta.json").is_file() or not (root / "codes.npy").is_file():
         return None
-    meta = json.loads((root / "meta.json").read_text(encoding="utf-8"))
-    codes = np.load(root / "codes.npy", mmap_mode="r")
+    meta, codes = open_folder(root, "codes.npy", ("class_names", "grid", "num_codes"))
     labels = np.load(root / "labels.npy") if (root / "labels.npy").is_file() else None
     names, grid, captions = tuple(meta["class_names"]), tuple(meta["grid"]), from_folder(root)
     return CodeStore(lambda i: codes[i], len(codes), labels, names, grid, meta["num_codes"], captions)

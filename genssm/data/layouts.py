@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from genssm.data.blocks import open_folder
 from genssm.data.captions import Captions, from_folder
 from genssm.data.sources import rank_classes
 
@@ -47,10 +48,10 @@ def _own(root: Path) -> Store | None:
     """``latents.npy``, ``meta.json``, perhaps ``labels.npy``, ``captions.json``: written by ``genssm.data.encode``."""
     if not (root / "meta.json").is_file() or not (root / "latents.npy").is_file():
         return None
-    meta = json.loads((root / "meta.json").read_text(encoding="utf-8"))
-    latents = np.load(root / "latents.npy", mmap_mode="r")
+    names = ("form", "scaled", "scale", "shift", "flip_rows")
+    meta, latents = open_folder(root, "latents.npy", names)
     labels = np.load(root / "labels.npy") if (root / "labels.npy").is_file() else None
-    declared = {name: meta[name] for name in ("form", "scaled", "scale", "shift", "flip_rows")}
+    declared = {name: meta[name] for name in names}
     captions = from_folder(root)
     return Store(lambda i: latents[i], len(latents), labels, tuple(meta.get("class_names", ())), declared, captions)
 

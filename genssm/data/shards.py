@@ -24,7 +24,8 @@ def webdataset(path: str | None, split: str, label: str | None, download: bool, 
 
     Args:
         path: where they are; a sub-folder with the name of the split is used when there is one.
-        split: name of that sub-folder, or the beginning of the shards' names where they begin so.
+        split: name of that sub-folder, or the beginning of the shards' names; ``train`` also takes a folder of shards
+            of any names.
         label: None takes the ``cls`` files where every item has one; ``none`` takes none.
         caption: field with the captions, such as ``txt`` (a caption per line) or ``caption.json`` (a text, a list of
             texts, or with ``json:key`` the value of that key); None reads none.
@@ -66,8 +67,17 @@ def find_shards(path: str | None, split: str) -> list[Path]:
     else:
         root = Path(path) / split if (Path(path) / split).is_dir() else Path(path)
         tars = sorted(root.glob("*.tar")) if root.is_dir() else [root]
-        own = [tar for tar in tars if tar.name.startswith(split)]
-        tars = own or tars
+        if root.is_dir():
+            own = [tar for tar in tars if tar.name.startswith(split)]
+            if tars and not own and root == Path(path) and split != "train":
+                raise FileNotFoundError(
+                    f"data.path={path}: neither a folder {split!r} nor shards whose names begin with it, for "
+                    f"data.split={split}"
+                )
+            tars = own or tars
+    packed = [tar for tar in tars if tar.suffix in (".gz", ".tgz", ".bz2", ".xz", ".zst")]
+    if packed:
+        raise ValueError(f"{packed[0]} is compressed; items of shards are read by their position, unpack it to .tar")
     missing = [str(tar) for tar in tars if not tar.is_file()]
     if missing or not tars:
         raise FileNotFoundError(f"data.path={path}: no tar file {missing[0] if missing else 'in this folder'}")

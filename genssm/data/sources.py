@@ -232,6 +232,12 @@ def choose_label(files: Sequence[Path], root: Path, table: list[dict] | None, la
     column = label or "label"
     if column not in table[0]:
         raise ValueError(f"{root} has no metadata column {column!r}; it has {', '.join(table[0])}")
+    lacking = [row["file_name"] for row in table if row.get(column) is None]
+    if lacking:
+        raise ValueError(
+            f"{root}: {len(lacking)} of {len(table)} rows of the metadata have no {column!r}, first {lacking[0]}; give "
+            "it, or set data.label=none"
+        )
     return [row[column] for row in table]
 
 
@@ -300,6 +306,8 @@ def huggingface(path: str | None, split: str, label: str | None, download: bool,
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         table = datasets.load_from_disk(path)
         table = table[split] if isinstance(table, datasets.DatasetDict) else table
+    elif folder.is_file() and folder.suffix == ".parquet":
+        table = datasets.load_dataset("parquet", data_files={split: path}, split=split)
     elif folder.is_dir() and any(folder.rglob("*.parquet")):
         table = datasets.load_dataset("parquet", data_dir=path, split=split)
     elif folder.is_dir():
@@ -395,11 +403,14 @@ def _read_metadata(root: Path) -> list[dict] | None:
         file = root / name
         if not file.is_file():
             continue
-        with file.open(encoding="utf-8", newline="") as stream:
-            if name.endswith("csv"):
-                rows = list(csv.DictReader(stream))
-            else:
-                rows = [read_json(line, f"{file}, line {i}") for i, line in enumerate(stream, 1) if line.strip()]
+        try:
+            with file.open(encoding="utf-8-sig", newline="") as stream:  # some programs begin with a byte order mark
+                if name.endswith("csv"):
+                    rows = list(csv.DictReader(stream))
+                else:
+                    rows = [read_json(line, f"{file}, line {i}") for i, line in enumerate(stream, 1) if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is no UTF-8 text: {error}") from None
         if not rows or any(not isinstance(row, dict) or not isinstance(row.get("file_name"), str) for row in rows):
             raise ValueError(f"{file} must have the column file_name in every row")
         return rows

@@ -1,35 +1,40 @@
 """Captions encoded once: ``python -m genssm.data.text_states --encoder CLIP --out FOLDER name=... caption=...``
 
 The folder holds ``captions.json`` (every different caption of the data, sorted, the empty text among them),
-``states.npy`` (captions, tokens, width; memory-mapped), ``lengths.npy`` and ``meta.json``. Training reads it with
-``text.encoder: CLIP`` and ``text.cache: FOLDER``. It is written beside its final place and renamed when complete.
+``states.npy`` (captions, tokens, width; memory-mapped), ``lengths.npy`` and ``meta.json`` with checksums
+(:mod:`genssm.data.blocks`). Training reads it with ``text.encoder: CLIP`` and ``text.cache: FOLDER``. It is written
+beside its final place and renamed when complete; a command that was stopped continues where it was, and under
+``accelerate launch`` or ``torchrun`` the processes share the work.
 """
 
 import argparse
+import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from genssm.config import DataConfig, load_data_config
 from genssm.data import build_dataset
+from genssm.data.blocks import fill_folder, verify
 from genssm.errors import cli
-from genssm.text import encode_texts, load_frozen_encoder
+from genssm.text import encode_texts, load_frozen_encoder, tokenize
 
 
 class TextStates:
-    """Encoded captions, looked up by their text.
+    """Encoded captions, looked up by their text; all checksums are compared first, shared among the processes.
 
     Args:
         folder: what the command of this module wrote.
 
     Raises:
         FileNotFoundError: the folder is not complete.
+        ValueError: a file is cut off or damaged; the message says which.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -40,6 +45,7 @@ class TextStates:
             raise FileNotFoundError(
                 f"text.cache={folder}: {', '.join(missing)} missing; python -m genssm.data.text_states makes the folder"
             )
+        verify(self.folder)
         captions = json.loads((self.folder / "captions.json").read_text(encoding="utf-8"))
         self.row = {text: i for i, text in enumerate(captions)}
         self.states = np.load(self.folder / "states.npy", mmap_mode="r")
@@ -69,6 +75,7 @@ class TextStates:
         return states, torch.arange(states.shape[1]) < self.lengths[rows][:, None]
 
 
+@torch.no_grad()
 def encode_captions(
     config: DataConfig,
     encoder: str,
@@ -77,7 +84,7 @@ def encode_captions(
     max_length: int | None = None,
     dtype: str = "float16",
     batch_size: int = 64,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     quiet: bool = False,
 ) -> Path:
     """Encode every caption of a data set.
@@ -97,7 +104,8 @@ def encode_captions(
 
     Raises:
         FileExistsError: ``out`` exists.
-        ValueError: the data have no captions.
+        ValueError: the data have no captions, the tokenizer pads on the left, or a half-made folder is of another
+            command.
     """
     out = Path(out)
     if out.exists():
@@ -108,30 +116,52 @@ def encode_captions(
     tokenizer, model = load_frozen_encoder(encoder, max_length)
     model.to(device)
     captions = sorted({"", *(text for texts in dataset.captions for text in texts)})
-    parts, lengths = [], []
-    with torch.no_grad(), tqdm(total=len(captions), unit="caption", disable=quiet or None) as bar:
-        for start in range(0, len(captions), batch_size):
-            states, mask = encode_texts(tokenizer, model, captions[start : start + batch_size], device)
-            kept = mask.sum(dim=1).cpu()
-            if not torch.equal(mask.cpu(), torch.arange(mask.shape[1]) < kept[:, None]):
-                raise ValueError(f"{type(tokenizer).__name__} pads on the left; set its padding_side to right")
-            parts += [row[:length].to("cpu", torch.float32).numpy().astype(dtype) for row, length in zip(states, kept)]
-            lengths += kept.tolist()
-            bar.update(len(kept))
-    part = out.with_name(out.name + ".partial")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    shape = (len(captions), max(lengths), parts[0].shape[1])
-    stored = np.lib.format.open_memmap(part / "states.npy", mode="w+", dtype=dtype, shape=shape)
-    for row, states in enumerate(parts):
-        stored[row, : len(states)] = states
-    stored.flush()
-    np.save(part / "lengths.npy", np.asarray(lengths, np.int64))
-    meta = {"format_version": 1, "encoder": encoder, "max_length": tokenizer.model_max_length, "dtype": dtype}
-    for name, value in (("captions.json", captions), ("meta.json", meta)):
-        (part / name).write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(part, out)
-    return out
+    lengths = count_tokens(tokenizer, captions)
+    tokens = int(lengths.max())
+    width = encode_texts(tokenizer, model, captions[:1], device)[0].shape[2]
+    meta = {
+        "format_version": 2,
+        "encoder": encoder,
+        "max_length": tokenizer.model_max_length,
+        "dtype": dtype,
+        "rows": len(captions),
+        "shape": [tokens, width],
+        "data": dataclasses.asdict(config),
+    }
+
+    def compute(start: int, stop: int) -> np.ndarray:
+        states, mask = encode_texts(tokenizer, model, captions[start:stop], device)
+        kept = torch.where(mask[:, :tokens, None], states[:, :tokens], 0.0)
+        return kept.float().cpu().numpy()  # (B, tokens, width), 0 after the last token
+
+    return fill_folder(
+        out,
+        "states.npy",
+        meta,
+        compute,
+        shape=(len(captions), tokens, width),
+        dtype=dtype,
+        beside={"captions.json": captions, "lengths.npy": lengths},
+        batch_size=batch_size,
+        unit="caption",
+        quiet=quiet,
+    )
+
+
+def count_tokens(tokenizer: Any, captions: Sequence[str], at_once: int = 4096) -> np.ndarray:
+    """Tokens of each caption, int64 (N,).
+
+    Raises:
+        ValueError: the tokenizer pads on the left.
+    """
+    counts = []
+    for start in range(0, len(captions), at_once):
+        _, mask = tokenize(tokenizer, captions[start : start + at_once])
+        kept = mask.sum(dim=1)
+        if not torch.equal(mask, torch.arange(mask.shape[1]) < kept[:, None]):
+            raise ValueError(f"{type(tokenizer).__name__} pads on the left; set its padding_side to right")
+        counts.append(kept)
+    return torch.cat(counts).numpy()
 
 
 def main() -> None:
@@ -150,10 +180,22 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    args = vars(parser.parse_args())
-    config = load_data_config(args.pop("config"), args.pop("overrides"))
-    out = encode_captions(config, args.pop("encoder"), args.pop("out"), **args)
-    print(f"captions of {config.name} in {out}; train with text.cache={out}")
+    args = parser.parse_args()
+    config = load_data_config(args.config, args.overrides)
+    # accelerate joins processes on the CPU only when told that the CPU is meant.
+    state = PartialState(cpu=args.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    out = encode_captions(
+        config,
+        args.encoder,
+        args.out,
+        max_length=args.max_length,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        device=args.device if state.num_processes == 1 else state.device,
+        quiet=args.quiet,
+    )
+    if state.is_main_process:
+        print(f"captions of {config.name} in {out}; train with text.encoder={args.encoder} text.cache={out}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from genssm.data.sources import EXTENSIONS
 
 ARRAYS, ANIMATIONS, VIDEOS = (".npy",), (".gif",), (".mp4", ".avi", ".mov", ".mkv", ".webm")
 CLIPS = (*ARRAYS, *ANIMATIONS, *VIDEOS)
+FORMATS = {"gif": ".gif", "mp4": ".mp4", "npy": ".npy", "frames": ""}  # name -> suffix; frames are a folder
 
 
 class Clip:
@@ -90,11 +91,13 @@ def write_clip(frames: Sequence[Image.Image], path: str | Path, fps: float = 8.0
         ``path``.
 
     Raises:
-        ValueError: no frames, another suffix, or an MP4 of odd size.
+        ValueError: no frames, another suffix, an fps of 0 or less, or an MP4 of odd size.
         ImportError: an MP4 without the package av.
     """
     path = Path(path)
     suffix = path.suffix.lower()
+    if fps <= 0:
+        raise ValueError(f"fps is {fps:g}; expected more than 0")
     if not frames:
         raise ValueError(f"no frames to write to {path}")
     if suffix not in ("", ".gif", ".mp4", ".npy"):

@@ -6,6 +6,7 @@ stopped, any number of processes and any batch size give the same images, and ex
 
 import argparse
 import itertools
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,9 @@ from genssm.metrics.networks import AdmFeatures, VisionFeatures
 from genssm.metrics.reference import Reference
 from genssm.metrics.sources import ImageSource, SubsetSource, add_data_options
 from genssm.metrics.statistics import Statistics, collect
+from genssm.schedulers import SCHEDULER_NAMES
+from genssm.solvers import ADAPTIVE_METHODS, FIXED_METHODS
+from genssm.training.checkpoint import resolve_pipeline
 
 logger = logging.getLogger("genssm")
 EPILOG = """\
@@ -55,6 +59,7 @@ SWEPT: dict[str, Callable[[str], Any]] = {
     "guidance_scale": float, "num_inference_steps": int, "scheduler": str, "ode_solver": str, "guidance_power": float,
     "guidance_rescale": float,
 }  # fmt: skip
+CHOICES = {"scheduler": SCHEDULER_NAMES, "ode_solver": ADAPTIVE_METHODS + FIXED_METHODS}
 DEFAULT = "default"  # in a sweep: leave the option out
 
 
@@ -199,7 +204,7 @@ def read_sweep(texts: Sequence[str]) -> list[dict[str, Any]]:
     """The combinations of ``key=a,b`` texts, the last key varying fastest; none without texts.
 
     Raises:
-        ValueError: an unknown key, or a value of the wrong kind.
+        ValueError: an unknown key, a value of the wrong kind, or one that sample.py would refuse after hours.
     """
     keys: dict[str, list[Any]] = {}
     for text in texts:
@@ -210,7 +215,21 @@ def read_sweep(texts: Sequence[str]) -> list[dict[str, Any]]:
             keys[key] = [value if value == DEFAULT else SWEPT[key](value) for value in values.split(",")]
         except ValueError:
             raise ValueError(f"--sweep {text!r}: {key} takes {SWEPT[key].__name__} numbers") from None
+        given = [value for value in keys[key] if value != DEFAULT]
+        if key == "num_inference_steps" and min(given, default=1) < 1:
+            raise ValueError(f"--sweep {text!r}: {key} is at least 1")
+        wrong = [value for value in given if key in CHOICES and value not in CHOICES[key]]
+        if wrong:
+            raise ValueError(f"--sweep {text!r}: {key} {wrong[0]!r} is unknown; there are {', '.join(CHOICES[key])}")
     return [dict(zip(keys, values)) for values in itertools.product(*keys.values())] if keys else []
+
+
+def refuse_clips(model: str) -> None:
+    """Raise a ValueError if a model makes clips."""
+    folder = resolve_pipeline(model)
+    config = folder / "denoiser" / "config.json"
+    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("num_frames"):
+        raise ValueError(f"{folder} makes clips; measure them with python -m genssm.metrics.video")
 
 
 class Networks:
@@ -431,7 +450,10 @@ def main(draw: Callable[[list[str]], None], arguments: Sequence[str] | None = No
     taken = {"--model", "--out", "--num-images", "--overwrite", "--grid"} & {text.split("=")[0] for text in sampling}
     if taken:
         raise ValueError(f"{', '.join(sorted(taken))}: the benchmark sets these of sample.py itself")
+    if options.feature_batch_size < 1:
+        raise ValueError(f"--feature-batch-size is {options.feature_batch_size}; expected at least 1")
     read_sweep(options.sweep)
+    refuse_clips(options.model)
     # accelerate joins processes on the CPU only when told that the CPU is meant.
     cpu = options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu)

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import logging
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -56,10 +57,14 @@ class FeatureExtractor(abc.ABC):
 
     Attributes:
         gaussian: the part of a feature vector whose mean and covariance are taken.
+        of: what a feature vector is of: "images"; of clips, "clips" or "frames".
+        rows: feature vectors of one item.
     """
 
     protocol: FeatureProtocol
-    gaussian: ClassVar[slice] = slice(None)
+    gaussian: slice = slice(None)
+    of: ClassVar[str] = "images"
+    rows: int = 1
 
     def __init__(self, device: str | torch.device) -> None:
         self.device = torch.device(device)
@@ -79,14 +84,19 @@ class FeatureExtractor(abc.ABC):
         Raises:
             ValueError: the images are of another type or shape, or the network returns another shape.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (B, 3, H, W)")
+        self.check(images)
         with exact_convolutions():
             features = self.extract(images)
-        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+        count = len(images) * self.rows
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != count:
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"{self.protocol.name} returned {got} for {len(images)} images; expected (B, F)")
+            raise ValueError(f"{self.protocol.name} returned {got} for {count} {self.of}; expected (B, F)")
         return features.float().cpu()
+
+    def check(self, images: Tensor) -> None:
+        """Raise a ValueError unless a batch has the type and the shape that :meth:`extract` takes."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (B, 3, H, W)")
 
 
 class InceptionFeatures(FeatureExtractor):
@@ -183,12 +193,26 @@ class UserFeatures(FeatureExtractor):
         if isinstance(function, nn.Module):
             function = function.to(self.device).eval()
         if not callable(function):
-            raise ValueError(f"{name} is a {type(function).__name__}; expected a function of images")
+            raise ValueError(f"{name} is a {type(function).__name__}; expected a function of {self.of}")
         self.function = function
         self.protocol = FeatureProtocol(name, digest, resize="by the network", is_fid=False, library=library)
 
     def extract(self, images: Tensor) -> Tensor:
-        return self.function(images.to(self.device))
+        images = images.to(self.device)
+        if isinstance(self.function, torch.jit.ScriptModule):
+            return call_torchscript(self.function, self.protocol.name, images)
+        return self.function(images)
+
+
+def call_torchscript(network: nn.Module, name: str, x: Tensor, **options: bool) -> Tensor:
+    """What a network of a file returns; a ValueError with the shape of ``x`` where it cannot compute that."""
+    try:
+        return network(x, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, torch.jit.Error) as error:
+        reason = [line for line in str(error).splitlines() if line.strip()][-1].strip()
+        raise ValueError(f"{name} cannot read {tuple(x.shape)}: {reason}") from error
 
 
 def exact_convolutions() -> AbstractContextManager[None]:
@@ -226,14 +250,43 @@ def build_extractor(
     if kind == "classifier":
         return ClassifierFeatures(rest, device)
     if kind == "torchscript":
-        file = Path(rest)
-        if not file.is_file():
-            raise FileNotFoundError(f"no TorchScript file {file}")
-        digest = file_hash(file)
-        network = _jit_load(file)
-        return UserFeatures(network, file.name, digest, "TorchScript", device)
-    function, digest = _import_function(kind, rest)
+        return UserFeatures(*load_torchscript(Path(rest)), "TorchScript", device)
+    function, digest = import_function(kind, rest)
     return UserFeatures(function, spec, digest, device=device)
+
+
+def load_torchscript(file: Path) -> tuple[nn.Module, str, str]:
+    """A TorchScript network on the CPU, the name of its file and its sha256.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no TorchScript file {file}")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_JIT_DEPRECATED)
+            network = torch.jit.load(str(file), map_location="cpu")
+    except RuntimeError as error:
+        raise ValueError(f"{file} is no TorchScript network (torch.jit.save writes one): {_first(error)}") from None
+    return network, file.name, file_hash(file)
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.pth`` file of PyTorch; a ValueError if it holds something else."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise ValueError(f"{file} is no file of tensors (torch.save writes one): {_first(error)}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} holds a {type(state).__name__}; expected tensors by name")
+    return state
+
+
+def _first(error: Exception) -> str:
+    """The first sentence of a long message."""
+    return str(error).strip().splitlines()[0].split(". ")[0]
 
 
 def _require_cleanfid() -> str:
@@ -244,28 +297,27 @@ def _require_cleanfid() -> str:
     return version("clean-fid")
 
 
-def _jit_load(file: Path) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=_JIT_DEPRECATED)
-        return torch.jit.load(str(file), map_location="cpu")
-
-
 def _load_torchscript(file: Path, resize: str) -> nn.Module:
     from cleanfid.inception_torchscript import InceptionV3W
 
-    name = INCEPTION_FILES["torchscript"].name
+    name, given = INCEPTION_FILES["torchscript"].name, file
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_JIT_DEPRECATED)
         if file.name != name:  # clean-fid takes a folder and opens this name in it
             shutil.copyfile(file, Path(folder, name))
             file = Path(folder, name)
-        return InceptionV3W(str(file.parent), download=False, resize_inside=resize == "legacy_tensorflow")
+        try:
+            return InceptionV3W(str(file.parent), download=False, resize_inside=resize == "legacy_tensorflow")
+        except RuntimeError as error:
+            raise ValueError(
+                f"{given} is no TorchScript network, as resize mode {resize} needs: {_first(error)}"
+            ) from None
 
 
 def _load_pytorch_fid(file: Path, resize: str) -> nn.Module:
     from cleanfid import inception_pytorch
 
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    state = load_tensors(file)
     fetch = inception_pytorch.load_state_dict_from_url
     # clean-fid can only load from its URL; give it the tensors that are already here instead.
     inception_pytorch.load_state_dict_from_url = lambda *args, **kwargs: state
@@ -273,6 +325,8 @@ def _load_pytorch_fid(file: Path, resize: str) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             network = inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False)
+    except RuntimeError as error:
+        raise ValueError(f"{file} does not hold the Inception weights of pytorch-fid: {_first(error)}") from None
     finally:
         inception_pytorch.load_state_dict_from_url = fetch
     return _PytorchFid(network)
@@ -309,7 +363,13 @@ def build_resizer(mode: str, size: int = 299) -> Any:
     return lambda images: torch.stack(list(pool.map(one, images)))
 
 
-def _import_function(module_name: str, function_name: str) -> tuple[Any, str]:
+def import_function(module_name: str, function_name: str) -> tuple[Any, str]:
+    """``function_name`` of a module on the Python path or in the current folder, and the sha256 of its file.
+
+    Raises:
+        ImportError: the module cannot be imported.
+        ValueError: the module has no such function.
+    """
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

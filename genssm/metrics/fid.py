@@ -1,7 +1,6 @@
 """Evaluate samples against real images: ``python -m genssm.metrics.fid --help``."""
 
 import argparse
-import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ from genssm import errors
 from genssm.metrics import report as reports
 from genssm.metrics.features import RESIZE_MODES, ClassifierFeatures, FeatureExtractor, build_extractor
 from genssm.metrics.generated import (
-    SETTINGS,
     PipelineSource,
+    add_drawing_options,
     choose_labels,
+    drawing_arguments,
     model_facts,
     recorded_samples,
+    refuse_drawing_options,
     sampling_protocol,
 )
 from genssm.metrics.sources import (
@@ -30,10 +31,7 @@ from genssm.metrics.sources import (
     file_source,
 )
 from genssm.metrics.statistics import Statistics, collect, is_statistics, load_statistics, save_statistics
-from genssm.schedulers import SCHEDULER_NAMES, swap_scheduler
-from genssm.solvers import ADAPTIVE_METHODS, FIXED_METHODS
 
-DRAWING = (*SETTINGS, "scheduler", "ode_rtol", "ode_atol", "labels", "seed", "dtype")
 EPILOG = """\
 examples
   samples in a folder against a folder, FID by clean-fid's protocol:
@@ -94,21 +92,10 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--no-kid", action="store_true", help="leave out the kernel distance; memory stays constant")
     how.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
     how.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    draw = result.add_argument_group("sampling from a pipeline (default: as the pipeline does)")
-    draw.add_argument("--num-inference-steps", type=int, metavar="N")
-    draw.add_argument("--guidance-scale", type=float, metavar="W", help="1 is none")
-    draw.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="0 data to 1 noise")
-    draw.add_argument("--guidance-rescale", type=float, metavar="PHI")
+    draw = add_drawing_options(result)
     draw.add_argument("--temperature", type=float, metavar="T", help="of models of codes; also the next two")
     draw.add_argument("--top-k", type=int, metavar="K")
     draw.add_argument("--top-p", type=float, metavar="P")
-    draw.add_argument("--scheduler", choices=SCHEDULER_NAMES, help="another sampler than the model's own")
-    draw.add_argument("--ode-solver", choices=ADAPTIVE_METHODS + FIXED_METHODS, help="instead of the scheduler")
-    draw.add_argument("--ode-rtol", type=float, help="its relative tolerance (default: 1e-3)")
-    draw.add_argument("--ode-atol", type=float, help="its absolute tolerance (default: 1e-6)")
-    draw.add_argument("--labels", help="balanced (default), reference (its frequencies) or the number of one class")
-    draw.add_argument("--seed", type=int, help="image i is drawn from seed + i (default: 0)")
-    draw.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: float32)")
     add_data_options(result)
     out = result.add_argument_group("results")
     out.add_argument("--report", type=Path, metavar="OUT.json", help="write the report")
@@ -142,12 +129,9 @@ def reference_statistics(options: argparse.Namespace, extractor: FeatureExtracto
 def sample_statistics(options: argparse.Namespace, extractor: FeatureExtractor, reference: Statistics) -> Evaluated:
     """The statistics of ``--samples``, and how they were drawn and from which model where that is known."""
     path = Path(options.samples)
-    if any((path / name).exists() for name in ("model_index.json", "pipeline", "checkpoints")):
+    if is_model(path):
         return _draw(path, options, extractor, reference)
-    given = [key for key in DRAWING if getattr(options, key) is not None]
-    if given:
-        names = ", ".join("--" + key.replace("_", "-") for key in given)
-        raise ValueError(f"{names}: for sampling from a pipeline or run, but {path} is neither")
+    refuse_drawing_options(options, path)
     recorded = recorded_samples(path, options.num_samples)
     source, sampling, model = recorded or (file_source(path), None, None)
     if recorded is None and options.num_samples is not None:
@@ -160,34 +144,20 @@ def _draw(path: Path, options: argparse.Namespace, extractor: FeatureExtractor, 
     if count is None:
         raise ValueError(f"{path} is a model; say how many images to draw with --num-samples")
     pipeline, folder = load_pipeline(path, extractor.device, getattr(torch, options.dtype or "float32"))
-    _refuse_idle_options(pipeline, options)
-    if options.scheduler is not None:
-        pipeline.scheduler = swap_scheduler(pipeline.scheduler, options.scheduler)
+    call = drawing_arguments(pipeline, options)
     num_classes = pipeline.denoiser.config.get("num_classes", 0)
     classes = choose_labels(labels, count, num_classes, reference.class_counts, seed) if num_classes else None
-    call = {key: getattr(options, key) for key in SETTINGS if getattr(options, key) is not None}
-    tolerances = {key: getattr(options, f"ode_{key}") for key in ("rtol", "atol")}
-    if any(value is not None for value in tolerances.values()) and options.ode_solver not in ADAPTIVE_METHODS:
-        raise ValueError(f"tolerances are for the adaptive ODE solvers: {', '.join(ADAPTIVE_METHODS)}")
-    if options.ode_solver in ADAPTIVE_METHODS:
-        call["ode_options"] = {"rtol": tolerances["rtol"] or 1e-3, "atol": tolerances["atol"] or 1e-6}
     source = PipelineSource(pipeline, str(path), count, classes, seed, **call)
     protocol = sampling_protocol(source, labels, folder)
     return _collect(source, extractor, options), protocol, model_facts(folder)
 
 
-def _refuse_idle_options(pipeline: Any, options: argparse.Namespace) -> None:
-    """Refuse options that the pipeline does not know, such as steps where codes are drawn one by one."""
-    known = inspect.signature(type(pipeline).__call__).parameters
-    idle = [key for key in SETTINGS if getattr(options, key) is not None and key not in known]
-    if options.scheduler is not None and "scheduler" not in pipeline.components:
-        idle.append("scheduler")
-    if idle:
-        names = ", ".join("--" + key.replace("_", "-") for key in idle)
-        raise ValueError(f"{names}: no option of {type(pipeline).__name__}; leave it out")
+def is_model(path: Path) -> bool:
+    """Whether a folder holds a pipeline, or a run, rather than samples."""
+    return any((path / name).exists() for name in ("model_index.json", "pipeline", "checkpoints"))
 
 
-def load_pipeline(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Path]:
+def open_pipeline(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Path]:
     """The pipeline of a folder or of a run's newest complete checkpoint, and the folder it is in."""
     from diffusers import DiffusionPipeline
 
@@ -195,11 +165,16 @@ def load_pipeline(path: Path, device: torch.device, dtype: torch.dtype) -> tuple
     from genssm.training.checkpoint import resolve_pipeline
 
     folder = resolve_pipeline(path)
-    pipe = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype).to(device)
+    return DiffusionPipeline.from_pretrained(str(folder), dtype=dtype).to(device), folder
+
+
+def load_pipeline(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Path]:
+    """As :func:`open_pipeline`, of images of classes or of nothing."""
+    pipe, folder = open_pipeline(path, device, dtype)
     if pipe.denoiser.config.get("context_dim") or pipe.denoiser.config.get("num_frames"):
         raise ValueError(
-            f"{path} makes images of texts, or clips; draw them with sample.py and give its folder as --samples, or "
-            "measure captions with python -m genssm.metrics.pairs"
+            f"{path} makes images of texts, or clips; draw images with sample.py and give its folder as --samples, "
+            "measure captions with python -m genssm.metrics.pairs, clips with python -m genssm.metrics.video"
         )
     return pipe, folder
 
@@ -239,8 +214,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
         raise ValueError("give --samples and --reference, or --reference and --save-stats, or --compare; see --help")
     if options.with_features and not options.save_stats:
         raise ValueError("--with-features is about the file of --save-stats; name it")
-    state = _processes(options.device)
-    device = options.device if options.device and state.num_processes == 1 else state.device
+    state, device = join_processes(options.device)
     with state.main_process_first():  # one of them fetches the weights
         extractor = build_extractor(
             options.features, resize=options.resize_mode, weights=options.weights, device=device
@@ -278,9 +252,14 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line; see ``--help``."""
     options = parser().parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    if not options.compare:
+    if options.compare:
+        compare(options)
+    else:
         evaluate(options)
-        return
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Print the results of the two reports of ``--compare``, refused unless they follow one protocol."""
     first, second = (reports.load_report(path) for path in options.compare)
     comparison = reports.compare_reports(first, second, options.allow)
     print(comparison.metric)
@@ -295,10 +274,12 @@ def _collect(source: ImageSource, extractor: FeatureExtractor, options: argparse
     return collect(source, extractor, batch_size=options.batch_size, keep_features=keep, progress=True)
 
 
-def _processes(device: str | None) -> PartialState:
+def join_processes(device: str | None) -> tuple[PartialState, str | torch.device]:
+    """The processes of the command, and where this one computes: ``device``, if there is only one."""
     # accelerate joins processes on the CPU only when told that the CPU is meant.
     on_cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpu)
+    state = PartialState(cpu=on_cpu)
+    return state, device if device and state.num_processes == 1 else state.device
 
 
 if __name__ == "__main__":

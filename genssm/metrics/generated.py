@@ -1,10 +1,13 @@
 """Samples drawn from a pipeline on demand, and what a report says about how they were drawn."""
 
+import argparse
+import hashlib
 import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,13 +20,15 @@ from genssm.data.sources import from_files
 from genssm.data.transforms import ImageTransform
 from genssm.metrics.sources import ImageBatch, ImageSource, ListedSource
 from genssm.metrics.weights import file_hash
-from genssm.solvers import FIXED_METHODS
+from genssm.schedulers import SCHEDULER_NAMES, swap_scheduler
+from genssm.solvers import ADAPTIVE_METHODS, FIXED_METHODS
 
 RECORD = "samples.json"  # written by sample.py beside its images
 SETTINGS = (
-    "num_inference_steps", "guidance_scale", "guidance_interval", "guidance_rescale", "ode_solver", "temperature",
-    "top_k", "top_p",
+    "num_inference_steps", "guidance_scale", "guidance_interval", "guidance_rescale", "guidance_power", "ode_solver",
+    "temperature", "top_k", "top_p",
 )  # fmt: skip
+DRAWING = (*SETTINGS, "scheduler", "ode_rtol", "ode_atol", "labels", "seed", "dtype")
 
 
 class PipelineSource(ImageSource):
@@ -36,7 +41,12 @@ class PipelineSource(ImageSource):
         labels: class of each image, (count,) int64, or None for a model without classes.
         seed: of image 0.
         call: further arguments of the pipeline: steps, guidance.
+
+    Attributes:
+        texts: what it is drawn from besides labels, for the report: prompts.
     """
+
+    texts: Mapping[str, Any] = MappingProxyType({})
 
     file_format = "png"  # 8-bit pixels, those that sample.py writes
 
@@ -75,6 +85,60 @@ class PipelineSource(ImageSource):
             )
             images = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in output.images]
             yield ImageBatch(chosen, torch.stack(images), labels)
+
+
+def add_drawing_options(parser: argparse.ArgumentParser) -> Any:
+    """Options that say how a pipeline with a scheduler draws; returns their group."""
+    draw = parser.add_argument_group("sampling from a pipeline (default: as the pipeline does)")
+    draw.add_argument("--num-inference-steps", type=int, metavar="N")
+    draw.add_argument("--guidance-scale", type=float, metavar="W", help="1 is none")
+    draw.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="0 data to 1 noise")
+    draw.add_argument("--guidance-rescale", type=float, metavar="PHI")
+    draw.add_argument("--guidance-power", type=float, metavar="P", help="less guidance near the data")
+    draw.add_argument("--scheduler", choices=SCHEDULER_NAMES, help="another sampler than the model's own")
+    draw.add_argument("--ode-solver", choices=ADAPTIVE_METHODS + FIXED_METHODS, help="instead of the scheduler")
+    draw.add_argument("--ode-rtol", type=float, help="its relative tolerance (default: 1e-3)")
+    draw.add_argument("--ode-atol", type=float, help="its absolute tolerance (default: 1e-6)")
+    draw.add_argument("--labels", help="balanced (default), reference (its frequencies) or the number of one class")
+    draw.add_argument("--seed", type=int, help="sample i is drawn from seed + i (default: 0)")
+    draw.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: float32)")
+    return draw
+
+
+def refuse_drawing_options(options: argparse.Namespace, path: Path, *more: str) -> None:
+    """Raise a ValueError if options of drawing, or ``more`` options, are given although ``path`` holds files."""
+    given = [key for key in (*DRAWING, *more) if getattr(options, key, None) is not None]
+    if given:
+        names = ", ".join("--" + key.replace("_", "-") for key in given)
+        raise ValueError(f"{names}: for sampling from a pipeline or run, but {path} is neither")
+
+
+def drawing_arguments(pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Give a pipeline the scheduler of the options; returns the arguments of its call.
+
+    Raises:
+        ValueError: an option that the pipeline does not know, such as steps where codes are drawn one by one, or
+            tolerances without an adaptive solver.
+    """
+    given = {key: getattr(options, key, None) for key in SETTINGS}
+    call = {key: value for key, value in given.items() if value is not None}
+    known = inspect.signature(type(pipeline).__call__).parameters
+    idle = [key for key in call if key not in known]
+    if options.scheduler is not None and "scheduler" not in pipeline.components:
+        idle.append("scheduler")
+    if idle:
+        names = ", ".join("--" + key.replace("_", "-") for key in idle)
+        raise ValueError(f"{names}: no option of {type(pipeline).__name__}; leave it out")
+    if options.scheduler is not None:
+        pipeline.scheduler = swap_scheduler(pipeline.scheduler, options.scheduler)
+    tolerances = {key: getattr(options, f"ode_{key}") for key in ("rtol", "atol")}
+    if any(value is not None for value in tolerances.values()) and options.ode_solver not in ADAPTIVE_METHODS:
+        raise ValueError(f"tolerances are for the adaptive ODE solvers: {', '.join(ADAPTIVE_METHODS)}")
+    if any(value is not None and value <= 0 for value in tolerances.values()):
+        raise ValueError("--ode-rtol and --ode-atol are above 0")
+    if options.ode_solver in ADAPTIVE_METHODS:
+        call["ode_options"] = {"rtol": tolerances["rtol"] or 1e-3, "atol": tolerances["atol"] or 1e-6}
+    return call
 
 
 def choose_labels(
@@ -131,6 +195,7 @@ def sampling_protocol(source: PipelineSource, labels: str, folder: Path) -> dict
         source.seed,
         source.count,
         str(pipeline.dtype).removeprefix("torch."),
+        source.texts,
     )
 
 
@@ -155,21 +220,45 @@ def recorded_samples(
     Raises:
         ValueError: images are missing, or there are fewer than ``first``.
     """
-    record_file = folder / RECORD
-    if not record_file.is_file():
+    record = read_record(folder)
+    if record is None:
         return None
-    record = json.loads(record_file.read_text(encoding="utf-8"))
-    settings, count = record["settings"], record["num_images"] if first is None else first
+    if "video_format" in record["settings"]:
+        raise ValueError(f"{folder} holds clips of sample.py; measure them with python -m genssm.metrics.video")
+    files = recorded_files(folder, record, first, ".png")
+    labels = recorded_labels(record, len(files))
+    listed = replace(from_files(files, folder, "none"), labels=labels)
+    sampling, model = recorded_protocol(record, len(files))
+    return ListedSource(listed, ImageTransform(), str(folder), "png"), sampling, model
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What ``sample.py`` wrote beside its samples, None in a folder of another maker."""
+    record_file = folder / RECORD
+    return json.loads(record_file.read_text(encoding="utf-8")) if record_file.is_file() else None
+
+
+def recorded_files(folder: Path, record: Mapping[str, Any], first: int | None, suffix: str) -> list[Path]:
+    """The samples of a record, or the first so many of them; a ValueError if there are fewer, or some are missing."""
+    count = record["num_images"] if first is None else first
     if count > record["num_images"]:
         raise ValueError(f"{folder} holds {record['num_images']} samples, {count} were asked for")
-    files = [folder / f"{index:06d}.png" for index in range(count)]
-    missing = [file.name for file in files if not file.is_file()]
+    files = [folder / f"{index:06d}{suffix}" for index in range(count)]
+    missing = [file.name for file in files if not file.exists()]
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} of {count} samples, first {missing[0]}; run sample.py again")
-    classes = settings["class_labels"]
-    listed = from_files(files, folder, "none")
-    if classes:
-        listed = replace(listed, labels=np.array(classes, dtype=np.int64)[np.arange(count) % len(classes)])
+    return files
+
+
+def recorded_labels(record: Mapping[str, Any], count: int) -> NDArray[np.int64] | None:
+    """The class of each of the first ``count`` samples of a record, None without classes."""
+    classes = record["settings"]["class_labels"]
+    return np.array(classes, dtype=np.int64)[np.arange(count) % len(classes)] if classes else None
+
+
+def recorded_protocol(record: Mapping[str, Any], count: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How the first ``count`` samples of a record were drawn, and from which model; parts of a report."""
+    settings = record["settings"]
     call = {key: settings[key] for key in SETTINGS if key in settings}
     if call["ode_solver"] and call["ode_solver"]["method"] in FIXED_METHODS:
         call["ode_solver"] = {"method": call["ode_solver"]["method"]}  # tolerances mean nothing to these
@@ -177,13 +266,24 @@ def recorded_samples(
         settings["scheduler"],
         call,
         Path(record["pipeline"]),
-        _cycle(classes) if classes else "none",
+        _cycle(settings["class_labels"]) if settings["class_labels"] else "none",
         settings["seed"],
         count,
         settings["dtype"],
+        describe_texts(settings.get("prompt"), settings.get("negative_prompt")),
     )
-    model = {"pipeline": record["pipeline"], "sha256": settings["pipeline_sha256"]}
-    return ListedSource(listed, ImageTransform(), str(folder), "png"), sampling, model
+    return sampling, {"pipeline": record["pipeline"], "sha256": settings["pipeline_sha256"]}
+
+
+def describe_texts(prompts: Sequence[str] | None, negative_prompt: str | None) -> dict[str, Any]:
+    """What a report says of texts that are gone through over and over: themselves if few, else their sha256."""
+    texts: dict[str, Any] = {}
+    if prompts is not None:
+        digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+        texts["prompts"] = list(prompts) if len(prompts) <= 8 else f"{len(prompts)}, sha256 {digest}"
+    if negative_prompt is not None:
+        texts["negative_prompt"] = negative_prompt
+    return texts
 
 
 def model_facts(folder: Path) -> dict[str, Any]:
@@ -213,6 +313,7 @@ def _protocol(
     seed: int,
     count: int,
     dtype: str,
+    texts: Mapping[str, Any],
 ) -> dict[str, Any]:
     protocol = {
         # Other names with an underscore are versions and file names of diffusers, not settings.
@@ -221,6 +322,7 @@ def _protocol(
             **{key: value for key, value in scheduler.items() if not key.startswith("_")},
         },
         **call,
+        **texts,
         "weights": _kind_of_weights(folder),
         "labels": labels,
         "seeds": f"{seed}..{seed + count - 1}",

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from genssm.metrics.features import FeatureExtractor, FeatureProtocol, build_resizer
+from genssm.metrics.features import FeatureExtractor, FeatureProtocol, build_resizer, load_tensors
 from genssm.metrics.weights import INCEPTION_FILES, cache_folder, file_hash, find_inception
 
 POOL, LOGITS, SPATIAL = 2048, 1008, 7 * 17 * 17  # lengths of the parts of an AdmFeatures vector
@@ -95,7 +95,7 @@ class VisionFeatures(FeatureExtractor):
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"no {kind} network in {folder}: expected config.json and weights as transformers saves them; put the "
-                f"files of {source} there or name another folder with --{kind}"
+                f"files of {source} there or name another folder with --{kind} (of clips: frames:{kind}:DIR)"
             )
         self.kind = kind
         self.network = _load_vision(kind, folder).to(self.device).eval()
@@ -123,7 +123,7 @@ class VisionFeatures(FeatureExtractor):
 def _load_fidelity(file: Path) -> nn.Module:
     from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    state = load_tensors(file)
     fetch = fidelity.load_state_dict_from_url
     # It reads local files without weights_only; give it the tensors in place of its download instead.
     fidelity.load_state_dict_from_url = lambda *args, **kwargs: state

@@ -16,7 +16,14 @@ from genssm.config import DataConfig, load_config
 from genssm.metrics.features import FeatureExtractor
 from genssm.metrics.frechet import Float64
 from genssm.metrics.sources import ImageSource, dataset_source, file_source
-from genssm.metrics.statistics import Statistics, collect, is_statistics, load_statistics, save_statistics
+from genssm.metrics.statistics import (
+    Statistics,
+    collect,
+    is_statistics,
+    load_statistics,
+    open_archive,
+    save_statistics,
+)
 from genssm.metrics.weights import cache_folder, file_hash, short_hash
 
 logger = logging.getLogger("genssm")
@@ -45,7 +52,7 @@ class Reference:
         path = Path(spec)
         if path.suffix == ".npz" and path.is_file() and is_statistics(path):
             self.file = load_statistics(path)
-            with np.load(path, allow_pickle=False) as archive:
+            with open_archive(path) as archive:
                 if {"mu_s", "sigma_s"} <= set(archive.files):
                     self.spatial = archive["mu_s"].astype(np.float64), archive["sigma_s"].astype(np.float64)
                 if "arr_0" in archive.files:

@@ -16,7 +16,8 @@ from genssm.metrics.weights import short_hash
 
 logger = logging.getLogger("genssm")
 FORMAT = "genssm-report-1"
-FEW_IMAGES = 10_000
+FEW = {"images": 10_000, "frames": 10_000, "clips": 2_048}  # the field's usual least counts
+LOSSY = {"jpg", "jpeg", "webp", "gif", "mp4", "avi", "mov", "mkv", "webm"}
 # Told for the reader; the hashes beside them decide.
 _NAMES = ("reference.name", "features.name", "features.library")
 
@@ -41,18 +42,25 @@ class Comparison:
     allowed: dict[str, tuple[Any, Any]]
 
 
-def metric_name(protocol: FeatureProtocol) -> str:
-    """``FID`` for the network and resize of the FID protocol, otherwise a name that cannot be taken for it."""
-    if protocol.is_fid:
-        return "FID"
-    return f"Frechet distance in the features of {protocol.name} ({short_hash(protocol.weights_sha256)}), not FID"
+def metric_name(protocol: FeatureProtocol, of: str = "images") -> str:
+    """``FID`` for the network and resize of the FID protocol, otherwise a name that cannot be taken for it.
+
+    Args:
+        protocol: the feature network.
+        of: what its features are of: "images", "clips", or the "frames" of clips.
+    """
+    where = f"in the features of {protocol.name} ({short_hash(protocol.weights_sha256)})"
+    if of == "clips":
+        return f"Frechet video distance {where}"
+    name = "FID" if protocol.is_fid else f"Frechet distance {where}, not FID"
+    return name if of == "images" else f"Frame-wise {name}"
 
 
 def check_same_features(samples: Statistics, reference: Statistics) -> None:
     """Raise a ValueError unless both statistics come from the same network and resize, as far as they say.
 
     Raises:
-        ValueError: lengths differ, or the protocols that both state.
+        ValueError: lengths differ, or the protocols that both state, or how clips were cut.
     """
     if reference.mu.shape != samples.mu.shape:
         raise ValueError(
@@ -64,10 +72,20 @@ def check_same_features(samples: Statistics, reference: Statistics) -> None:
             "%s does not say which network and resize made it; taken as %s", reference.name, samples.protocol.name
         )
         return
+    check_same_protocol(reference, samples.protocol, samples.clips)
+
+
+def check_same_protocol(reference: Statistics, protocol: FeatureProtocol, clips: Mapping[str, Any] | None) -> None:
+    """Raise a ValueError if statistics say that they are of another network or resize, or of clips cut otherwise."""
+    if reference.protocol is None:
+        return
     for field in ("weights_sha256", "resize"):
-        ours, theirs = getattr(samples.protocol, field), getattr(reference.protocol, field)
+        ours, theirs = getattr(protocol, field), getattr(reference.protocol, field)
         if ours != theirs:
             raise ValueError(f"{reference.name} was made with {field} {theirs}, the samples with {ours}")
+    if clips != reference.clips:
+        theirs, ours = _clips_text(reference.clips), _clips_text(clips)
+        raise ValueError(f"{reference.name} was made of {theirs}, the samples are {ours}")
 
 
 def build_report(
@@ -98,10 +116,10 @@ def build_report(
         ValueError: the statistics come from different networks.
     """
     check_same_features(samples, reference)
-    real = gaussian_of(reference)
+    real, unit = gaussian_of(reference), _unit(samples.clips)
     report: dict[str, Any] = {
         "format": FORMAT,
-        "metric": metric_name(samples.protocol),
+        "metric": metric_name(samples.protocol, unit),
         "value": gaussian_of(samples).distance(real),
         "kid": _kid(samples, reference) if with_kid else None,
         "floor": _landmark(floor, real),
@@ -116,21 +134,24 @@ def build_report(
         "subject": {"samples": samples.name, "sha256": samples.sha256, "model": model},
         "versions": versions(),
     }
+    if samples.clips is not None:
+        report["protocol"]["clips"] = samples.clips
+        report["flicker"] = {"samples": samples.flicker, "reference": reference.flicker}
     if samples.agreement is not None:
         report["label_agreement"] = {"value": samples.agreement, "on_real_images": real_accuracy}
     few = [
         f"{statistics.count} {which}"
-        for which, statistics in (("samples", samples), ("reference images", reference))
-        if statistics.count is not None and statistics.count < FEW_IMAGES
+        for which, statistics in (("samples", samples), (f"reference {unit}", reference))
+        if statistics.count is not None and statistics.count < FEW[unit]
     ]
-    if set((samples.file_format or "").split("+")) & {"jpg", "jpeg", "webp"}:
+    if set((samples.file_format or "").split("+")) & LOSSY:
         logger.warning(
             "samples are %s files: lossy compression changes the distance, save 8-bit PNG", samples.file_format
         )
     if few:
         few_text = " and ".join(few)
         logger.warning(
-            "%s: below %d the distance is too high by an amount that depends on the counts", few_text, FEW_IMAGES
+            "%s: below %d the distance is too high by an amount that depends on the counts", few_text, FEW[unit]
         )
     return report
 
@@ -143,12 +164,17 @@ def one_line(report: Mapping[str, Any]) -> str:
     if report["kid"]:
         name = "KID" if features["is_fid"] else "kernel distance"
         parts.append(name + " {value:.6f} +- {standard_error:.6f}".format(**report["kid"]))
+    unit = _unit(protocol.get("clips"))
+    sampled = "samples" if unit == "images" else unit
     parts.append(
-        f"{samples['count']} samples {samples['image_size']} {samples['file_format']} of {report['subject']['samples']}"
+        f"{samples['count']} {sampled} {samples['image_size']} {samples['file_format']} of "
+        f"{report['subject']['samples']}"
     )
+    if "clips" in protocol:
+        parts.append(_clips_text(protocol["clips"]))
     parts.append(_sampling_text(protocol["sampling"]))
     count = "an unstated number of" if reference["count"] is None else reference["count"]
-    parts.append(f"against {reference['name']}: {count} images, sha256 {short_hash(reference['sha256'])}")
+    parts.append(f"against {reference['name']}: {count} {unit}, sha256 {short_hash(reference['sha256'])}")
     digest = short_hash(features["weights_sha256"])
     parts.append(f"features {features['name']}, sha256 {digest}, resize {features['resize']}, {features['library']}")
     parts.append(", ".join(f"{name} {version}" for name, version in report["versions"].items()))
@@ -156,7 +182,7 @@ def one_line(report: Mapping[str, Any]) -> str:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The distances one below the other: real images, the samples, noise; then the label agreement."""
+    """The distances one below the other: real images, the samples, noise; then flickering and label agreement."""
     samples = report["protocol"]["samples"]
     rows = [(f"samples ({samples['count']})", report["value"])]
     if report["floor"]:
@@ -167,6 +193,12 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [f"{report['metric']}, to {report['protocol']['reference']['name']}"]
     width = max(len(name) for name, _ in rows)
     lines += [f"  {name:<{width}}  {value:12.4f}" for name, value in rows]
+    if report.get("flicker"):
+        said = [
+            f"{'not known' if flicker is None else format(flicker['value'], '.4f')} ({which})"
+            for which, flicker in report["flicker"].items()
+        ]
+        lines.append(f"  temporal flickering, 1 for still clips: {', '.join(said)}")
     if report["label_agreement"]:
         agreement = report["label_agreement"]
         real = agreement["on_real_images"]
@@ -193,18 +225,19 @@ def load_report(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no report {path}; --report FILE writes one")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no text, or no JSON
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(report, dict) or report.get("format") != FORMAT:
-        raise ValueError(f"{path} is no report of genssm.metrics.fid ({FORMAT})")
+        raise ValueError(f"{path} is no report of genssm.metrics.fid or genssm.metrics.video ({FORMAT})")
     return report
 
 
 def compare_reports(first: Mapping[str, Any], second: Mapping[str, Any], allow: Collection[str] = ()) -> Comparison:
     """Put two results side by side if they follow one protocol.
 
-    The protocol is: counts, size and format of the samples, hash and count of the reference, hash and resize of the
-    features, and the sampling (scheduler, steps, guidance, weights, seeds, labels). Versions are told, not compared.
+    The protocol is: counts, size and format of the samples, how clips were cut, hash and count of the reference, hash
+    and resize of the features, and the sampling (scheduler, steps, guidance, weights, seeds, labels, texts). Versions
+    are told, not compared.
 
     Args:
         first, second: reports of :func:`build_report`.
@@ -266,6 +299,17 @@ def _kid(samples: Statistics, reference: Statistics) -> dict[str, Any] | None:
         return None
     distance: KernelDistance = kid(samples.features, reference.features)
     return asdict(distance)
+
+
+def _unit(clips: Mapping[str, Any] | None) -> str:
+    return "images" if clips is None else clips["features_of"]
+
+
+def _clips_text(clips: Mapping[str, Any] | None) -> str:
+    if clips is None:
+        return "images"
+    text = "clips of {num_frames} frames, stride {frame_stride}, cut {cut}, frames {frames}".format(**clips)
+    return text if clips["features_of"] == "clips" else f"single frames of {text}"
 
 
 def _sampling_text(sampling: Mapping[str, Any] | None) -> str:

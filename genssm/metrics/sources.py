@@ -3,10 +3,10 @@
 import abc
 import argparse
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from genssm.config import DataConfig, load_config
 from genssm.data import CROPS, ImageDataset, build_dataset
-from genssm.data.sources import Source, from_files, list_images, npz
+from genssm.data.sources import READ_ERRORS, Source, from_files, list_images, npz
 from genssm.data.transforms import ImageTransform
 
 
@@ -34,10 +34,12 @@ class ImageSource(abc.ABC):
     Attributes:
         name: what reports call it.
         file_format: "png", "npz", ...; a lossy format changes every feature distance, so reports carry it.
+        clips: None, or how clips were cut: then items are uint8 (F, 3, H, W), batches (B, F, 3, H, W).
     """
 
     name: str
     file_format: str
+    clips: Mapping[str, Any] | None = None
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -111,10 +113,12 @@ class SubsetSource(ImageSource):
 
     def __init__(self, source: ImageSource, count: int, seed: int = 0) -> None:
         if count > len(source):
-            raise ValueError(f"{source.name} holds {len(source)} images, {count} were asked for")
+            unit = "images" if source.clips is None else "clips"
+            raise ValueError(f"{source.name} holds {len(source)} {unit}, {count} were asked for")
         self.source = source
         self.order = np.sort(np.random.default_rng(seed).permutation(len(source))[:count])
         self.name, self.file_format = f"{source.name} ({count} of {len(source)})", source.file_format
+        self.clips = source.clips
 
     def __len__(self) -> int:
         return len(self.order)
@@ -168,7 +172,12 @@ def file_source(path: str | Path) -> ListedSource:
         return ListedSource(from_files(files, path, "none"), ImageTransform(), str(path), file_format)
     if not path.is_file() or path.suffix != ".npz":
         raise FileNotFoundError(f"{path} is neither a folder of images nor an .npz file")
-    return ListedSource(npz(str(path), "", None, False), ImageTransform(), str(path), "npz")
+    try:
+        return ListedSource(npz(str(path), "", None, False), ImageTransform(), str(path), "npz")
+    except ValueError:
+        raise
+    except READ_ERRORS as error:
+        raise ValueError(f"cannot read {path}: {error or type(error).__name__}") from error
 
 
 def content_hash(digests: Sequence[bytes]) -> str:
@@ -177,7 +186,7 @@ def content_hash(digests: Sequence[bytes]) -> str:
 
 
 def image_digest(image: Tensor) -> bytes:
-    """sha256 of the size and the pixels of one uint8 image (3, H, W), whatever file they came from."""
+    """sha256 of the size and the pixels of one uint8 image (3, H, W) or clip, whatever file they came from."""
     shape = "x".join(map(str, image.shape)).encode()
     return hashlib.sha256(shape + image.contiguous().numpy().tobytes()).digest()
 

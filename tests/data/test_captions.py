@@ -207,6 +207,13 @@ BROKEN = {
                    FileNotFoundError, "4 of 4 images have no caption file"),
     "wrong split": (lambda r: metadata_split(r) | {"split": "test"}, ValueError, "has train, val"),
     "idle option": (lambda r: coco(r) | {"caption": "text"}, ValueError, "data.caption means nothing to"),
+    "no class": (lambda r: _half_labelled(r), ValueError, "1 of 2 rows of the metadata have no 'label', first 1.png"),
+    "no UTF-8": (lambda r: metadata(r) | {"path": str(_write(r / "metadata.jsonl", b"\xff\xfe").parent)}, ValueError,
+                 "metadata.jsonl is no UTF-8 text"),
+    "other shards": (lambda r: shards_text(r) | {"path": str(r), "split": "test"}, FileNotFoundError,
+                     "neither a folder 'test' nor shards whose names begin with it"),
+    "packed shards": (lambda r: {"name": "webdataset", "path": str(_write(r / "a.tar.gz", b"x"))}, ValueError,
+                      "a.tar.gz is compressed; items of shards are read by their position"),
     "no shards": (lambda r: {"name": "webdataset", "path": str(r)}, FileNotFoundError, "no tar file"),
     "no field": (lambda r: shards_text(r) | {"caption": "json"}, ValueError, "'json' for data.caption; it has png"),
     "no key": (lambda r: shards_json_key(r) | {"caption": "json:text"}, ValueError, "has no key 'text'"),
@@ -216,6 +223,13 @@ BROKEN = {
                  "must hold the lists images and annotations"),
     "no annotation file": (lambda r: {"name": "coco", "path": str(r)}, FileNotFoundError, "captions_train"),
 }  # fmt: skip
+
+
+def _half_labelled(root: Path) -> dict:
+    files(root)
+    rows = '{"file_name": "0.png", "text": "a", "label": 1}\n{"file_name": "1.png", "text": "b"}\n'
+    _write(root / "metadata.jsonl", rows.encode())
+    return {"name": "image_folder", "path": str(root), "caption": "text"}
 
 
 def _write(path: Path, data: bytes) -> Path:
@@ -229,6 +243,22 @@ def test_what_is_wrong_is_said(case: str, tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     with pytest.raises(error, match=message.replace("(", r"\(")):
         build_dataset(**make(tmp_path))
+
+
+def test_a_byte_order_mark_is_no_damage(tmp_path: Path) -> None:
+    arguments = metadata(tmp_path)
+    file = tmp_path / "metadata.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert build_dataset(**arguments)[0]["text"] == TEXTS[0][0]
+
+
+@needs_datasets
+def test_one_parquet_file(tmp_path: Path) -> None:
+    arguments = parquet(tmp_path)
+    for split in ("train", "test"):  # the file is what was asked for
+        one = build_dataset(**arguments | {"path": str(tmp_path / "train.parquet")}, split=split)
+        assert one.captions == build_dataset(**arguments).captions
+        assert np.array_equal(one.pixels(1), build_dataset(**arguments).pixels(1))
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

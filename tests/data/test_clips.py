@@ -106,6 +106,8 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
         build_dataset(**arguments)[2]
     with pytest.raises(ValueError, match=r"cannot write a clip as a\.webp"):
         write_clip(frames(), tmp_path / "a.webp")
+    with pytest.raises(ValueError, match="fps is 0; expected more than 0"):
+        write_clip(frames(), tmp_path / "a.gif", 0)
 
 
 def test_video_of_odd_size_is_refused(tmp_path: Path) -> None:

@@ -76,6 +76,10 @@ def test_captions_are_kept(tokenizer: Path, tmp_path: Path) -> None:
     assert kept["text"] == [item["text"] for item in items]
     assert torch.equal(kept["codes"], torch.stack([item["codes"] for item in items]))
     (out / "captions.json").write_text('[["a"]]')
+    with pytest.raises(ValueError, match=r"captions\.json is damaged, or was changed"):
+        build_dataset(name="codes", path=str(out))
+    meta = json.loads((out / "meta.json").read_text())
+    (out / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if key != "blocks"}))
     with pytest.raises(ValueError, match="3 rows of codes but captions of 1"):
         build_dataset(name="codes", path=str(out))
 

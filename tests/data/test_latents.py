@@ -259,6 +259,8 @@ def test_captions_travel_with_the_latents(tmp_path: Path, vae_folder: Path) -> N
         seen.add((item["text"], mirrored))
     assert len(seen) == 3
     (out / "captions.json").write_text(json.dumps(texts[:1]))
+    meta = json.loads((out / "meta.json").read_text())
+    (out / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if key != "blocks"}))
     with pytest.raises(ValueError, match="2 latents but captions of 1"):
         build_dataset(name="latents", path=str(out))
 
@@ -311,6 +313,79 @@ def test_damage_is_found(tmp_path: Path) -> None:
         verify(out)
     with pytest.raises(FileNotFoundError, match=r"no meta\.json with checksums"):
         verify(tmp_path)
+    (out / "names.json").write_text('["a", "c"]')
+    with pytest.raises(ValueError, match=r"names\.json is damaged, .*; encode it again"):
+        verify(out)
+    (out / "names.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"names\.json is missing; encode it again"):
+        verify(out)
+    (out / "meta.json").write_bytes((out / "meta.json").read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"meta\.json is damaged \("):
+        verify(out)
+
+
+@pytest.mark.parametrize("kind", ["latents", "codes"])
+def test_damaged_folders_are_named_when_they_are_opened(kind: str, tmp_path: Path) -> None:
+    """The array where it cannot be mapped, and every small file beside it; rows are the matter of ``verify``."""
+    meta = {
+        "latents": {"form": "sample", "scaled": True, "scale": 1.0, "shift": 0.0, "flip_rows": False},
+        "codes": {"class_names": [], "grid": [2, 2], "num_codes": 9},
+    }[kind]
+    shape = {"latents": (6, 4, 2, 2), "codes": (6, 1, 4)}[kind]
+    values = np.random.default_rng(0).integers(0, 9, shape)
+    out = fill_folder(
+        tmp_path / "a", f"{kind}.npy", meta, lambda a, b: values[a:b], shape=shape, dtype="i4",
+        beside={"captions.json": [["a"]] * 6}, quiet=True,
+    )  # fmt: skip
+    assert len(build_dataset(name=kind, path=str(out))) == 6
+    for name in (f"{kind}.npy", "meta.json", "captions.json"):
+        whole = (out / name).read_bytes()
+        for data in (whole[: len(whole) // 2], b"\x00junk", b"[1]"):
+            (out / name).write_bytes(data)
+            with pytest.raises(ValueError, match=rf"{name} (is damaged|cannot be read).*encode it again"):
+                build_dataset(name=kind, path=str(out))
+        (out / name).write_bytes(whole)
+    (out / "captions.json").unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=r"captions\.json is missing; encode it again"):
+        build_dataset(name=kind, path=str(out))
+    (out / "meta.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"meta\.json lacks .*encode it again"):
+        build_dataset(name=kind, path=str(out))
+
+
+def test_captions_of_another_shape_are_refused(tmp_path: Path) -> None:
+    """In a folder without checksums, made by hand."""
+    np.save(tmp_path / "codes.npy", np.zeros((2, 1, 4), np.int32))
+    (tmp_path / "meta.json").write_text('{"class_names": [], "grid": [2, 2], "num_codes": 9}')
+    for text, message in (("{}", "list, got a dict"), ("[1, 2]", "item 0: expected a caption"), ("[[], []]", "item 0")):
+        (tmp_path / "captions.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            build_dataset(name="codes", path=str(tmp_path))
+
+
+def test_folder_killed_at_its_very_end_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the notes of the blocks were taken away: the same command makes the folder, other data do not."""
+    arguments = {"shape": (5, 2), "dtype": "f4", "quiet": True}
+    values = np.arange(10.0).reshape(5, 2)
+
+    def fill(labels: list[int], **more: int) -> Path:
+        return fill_folder(
+            tmp_path / "a", "x.npy", {}, lambda a, b: values[a:b], beside={"labels.json": labels}, **arguments, **more
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks.Path, "unlink", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fill([1, 2])
+    assert not (tmp_path / "a.partial" / "blocks").exists()
+    with pytest.raises(ValueError, match="begun with other settings or data"):
+        fill([1, 3])
+    assert verify(fill([1, 2])) == 1
+    with pytest.raises(FileExistsError, match="choose another --out"):
+        fill([1, 2])
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(ValueError, match="--batch-size is 0"):
+        fill([1, 2], batch_size=0)
 
 
 @pytest.mark.slow

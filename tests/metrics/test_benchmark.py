@@ -241,6 +241,11 @@ def test_sweep(run: Command) -> None:
         (("--grid", "g.png"), "--grid: the benchmark sets these"),
         (("--sweep", "seed=1,2"), "expected KEY=A,B"),
         (("--sweep", "guidance_scale=a"), "takes float numbers"),
+        (("--sweep", "num_inference_steps=5,0"), "num_inference_steps is at least 1"),
+        (("--sweep", "scheduler=default,foo"), "scheduler 'foo' is unknown; there are ddpm"),
+        (("--sweep", "ode_solver=rk5"), "ode_solver 'rk5' is unknown"),
+        (("--feature-batch-size", 0), "--feature-batch-size is 0"),
+        (("--model", "{clips}"), "makes clips; measure them with python -m genssm.metrics.video"),
         (("--metrics", "fd_dinov2"), "dinov2-large"),
         (("--metrics", "is", "--features", "torchscript:{net}"), "needs class scores"),
         (("--reference", "{stats}", "--metrics", "kid"), "holds statistics but no images, which kid need"),
@@ -256,7 +261,15 @@ def test_mistakes(
     save_statistics(tmp_path / "s.npz", Statistics("x", eye[0], eye, 9, "0" * 64))
     (tmp_path / "images").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "images" / "a.png")
-    places = {"net": stand_in_file, "stats": tmp_path / "s.npz", "images": tmp_path / "images"}
+    (tmp_path / "clips" / "denoiser").mkdir(parents=True)
+    (tmp_path / "clips" / "model_index.json").write_text("{}")
+    (tmp_path / "clips" / "denoiser" / "config.json").write_text('{"num_frames": 4}')
+    places = {
+        "clips": tmp_path / "clips",
+        "net": stand_in_file,
+        "stats": tmp_path / "s.npz",
+        "images": tmp_path / "images",
+    }
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(*(str(o).format(**places) for o in options))
     assert not (tmp_path / "out").exists(), "found before the work"

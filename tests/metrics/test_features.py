@@ -184,6 +184,26 @@ def test_missing_explicit_file(tmp_path: Path) -> None:
         InceptionFeatures("clean", tmp_path / "none.pt")
 
 
+def test_wrong_files_are_named(stand_in_file: Path, tmp_path: Path) -> None:
+    """A file of another kind, of other tensors, and one that is cut off."""
+    (tmp_path / "cut.pt").write_bytes(stand_in_file.read_bytes()[:1000])
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for mode, name, message in (
+        ("clean", "other.pth", r"other\.pth is no TorchScript network, as resize mode clean needs"),
+        ("legacy_tensorflow", "cut.pt", r"cut\.pt is no TorchScript network, as resize mode legacy_tensorflow needs"),
+        ("legacy_pytorch", "other.pth", r"other\.pth does not hold the Inception weights of pytorch-fid"),
+        ("legacy_pytorch", "cut.pt", r"cut\.pt is no file of tensors"),
+        ("legacy_pytorch", "list.pth", r"list\.pth holds a list; expected tensors by name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            InceptionFeatures(mode, tmp_path / name)
+    with pytest.raises(ValueError, match=r"inception-2015-12-05\.pt is no file of tensors"):
+        InceptionFeatures("legacy_pytorch", stand_in_file)
+    with pytest.raises(ValueError, match=r"cut\.pt is no TorchScript network \(torch\.jit\.save writes one\)"):
+        build_extractor(f"torchscript:{tmp_path / 'cut.pt'}")
+
+
 USER_MODULE = """
 import torch
 

@@ -209,6 +209,8 @@ def test_protocols_are_compared_and_refused_on_the_command_line(
     files = ["--compare", tmp_path / "1.json", tmp_path / "2.json"]
     with pytest.raises(ValueError, match=r"sampling\.num_inference_steps: 1 and 2"):
         run(capsys, *files)
+    with pytest.raises(ValueError, match=r"safetensors is no JSON"):
+        run(capsys, "--compare", tmp_path / "1.json", classifier_file)
     shown = run(capsys, *files, "--allow", "sampling.num_inference_steps")
     assert "they differ in sampling.num_inference_steps: 1 and 2" in shown
 
@@ -262,13 +264,37 @@ def test_choice_of_labels() -> None:
         (["--samples", "{pipeline}", "--reference", "{real}"], "how many images to draw with --num-samples"),
         (["--samples", "{pipeline}", "--num-samples", "4", "--reference", "{real}", "--labels", "10"], r"in 0\.\.9"),
         (["--samples", "{pipeline}", "--num-samples", "4", "--reference", "{real}", "--ode-rtol", "1"], "tolerances"),
+        (
+            [
+                "--samples",
+                "{pipeline}",
+                "--num-samples",
+                "4",
+                "--reference",
+                "{real}",
+                "--ode-solver",
+                "bosh3",
+                "--ode-rtol",
+                "-1",
+            ],
+            "above 0",
+        ),
         (["--samples", "{samples}", "--reference", "{real}", "--resize-mode", "clean"], "is for inception"),
+        (["--samples", "{samples}", "--reference", "{real}", "--batch-size", "0"], "batch size of features is 0"),
+        (["--samples", "{cut}", "--reference", "{real}"], r"cannot read .*cut\.npz"),
+        (["--samples", "{samples}", "--reference", "{cut}"], r"cannot read .*cut\.npz.*no \.npz file, or damaged"),
+        (["--samples", "{samples}", "--reference", "{array}"], r"array\.npz is a single array"),
     ],
 )
 def test_mistakes(
     arguments: list[str], message: str, folders: tuple[Path, Path], pipeline_folder: Path, classifier_file: Path
 ) -> None:
-    places = {"samples": folders[0], "real": folders[1], "pipeline": pipeline_folder}
+    cut, array = folders[0].parent / "cut.npz", folders[0].parent / "array.npz"
+    np.savez(cut, arr_0=np.zeros((4, 8, 8), np.uint8))
+    cut.write_bytes(cut.read_bytes()[:200])
+    with array.open("wb") as stream:
+        np.save(stream, np.zeros(3))
+    places = {"samples": folders[0], "real": folders[1], "pipeline": pipeline_folder, "cut": cut, "array": array}
     with pytest.raises(ValueError, match=message):
         main([*(a.format(**places) for a in arguments), "--features", f"classifier:{classifier_file}"])
 

@@ -49,6 +49,9 @@ def test_wrong_inception_file(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1)}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="does not hold the Inception weights of torch-fidelity"):
         AdmFeatures(tmp_path / "w.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "w.pth").read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"cut\.pth is no file of tensors"):
+        AdmFeatures(tmp_path / "cut.pth")
     with pytest.raises(FileNotFoundError, match=r"weights-inception-2015-12-05-6726825d\.pth, 95628359 bytes"):
         AdmFeatures(tmp_path / "none.pth")
 

@@ -291,6 +291,7 @@ def test_offload_order(make_pipe: MakePipe, kl: AutoencoderKL) -> None:
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"cannot be given \['noise'\]"),
         ({"ode_solver": "magic"}, "ode_solver is 'magic'"),
         ({"ode_solver": "dopri5", "ode_options": {"tol": 1}}, r"ode_options \['tol'\] are unknown"),
+        ({"ode_solver": "dopri5", "ode_options": {"rtol": -1}}, "are tolerances; expected more than 0"),
         ({"ode_options": {"rtol": 1e-2}}, "without an ode_solver"),
         ({"ode_solver": "dopri5", "callback_on_step_end": print}, "no steps to call back at"),
     ],

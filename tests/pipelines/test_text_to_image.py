@@ -258,6 +258,8 @@ def test_runs_on_every_device(device: torch.device) -> None:
         ({"prompt": "a", "prompt_embeds": torch.zeros(1, 4, 16)}, "got both"),
         ({"prompt": []}, "expected a text or a list of texts"),
         ({"prompt": [3]}, "expected a text or a list of texts"),
+        ({"prompt": 3}, "prompt is 3; expected a text or a list of texts"),
+        ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale is nan"),
         ({"prompt": "a", "prompt_attention_mask": torch.ones(1, 4)}, "belongs to prompt_embeds"),
         ({"prompt_embeds": torch.zeros(1, 4, 15)}, r"expected \(B, S, 16\)"),
         ({"prompt_embeds": torch.zeros(1, 4, 16), "prompt_attention_mask": torch.ones(1, 3)}, r"expected \(1, 4\)"),
