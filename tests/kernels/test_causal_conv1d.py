@@ -23,6 +23,7 @@ def test_parity_at_lengths_and_widths(backend: str, device: str, length: int, ta
 
 
 OPTIONS = {
+    "no batch row": Case(batch=0, directions=2, order="both", initial=True),
     "bare": Case(without="bias", activation=None),
     "no bias": Case(without="bias"),
     "two directions, all shared": Case(directions=2, order="both"),

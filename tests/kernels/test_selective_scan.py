@@ -29,6 +29,7 @@ def test_parity_at_states(backend: str, device: str, states: int) -> None:
 
 
 OPTIONS = {
+    "no batch row": Case(batch=0, directions=2, order="both", initial=True),
     "bare": Case(without="D z delta_bias", softplus=False),
     "no gate": Case(without="z"),
     "bias without softplus": Case(softplus=False),

@@ -43,6 +43,7 @@ def _products(backend: str, dtype: torch.dtype) -> float:
 
 
 OPTIONS = {
+    "no batch row": Case(batch=0, directions=2, order="both", initial=True),
     "bare": Case(without="D z dt_bias", softplus=False),
     "no gate": Case(without="z"),
     "bias without softplus": Case(softplus=False),
