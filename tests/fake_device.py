@@ -5,7 +5,7 @@ tensors of two devices in one operation, a table that was left on the CPU, a gen
 that the host wants to know while it should only launch (``item``, ``nonzero``, a mask as an index).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,12 +31,18 @@ class _Placing(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
-        if not any(isinstance(x, FakeTensor) or self._means_device(x) for x in leaves):
+        if not (self._concerned(args) or self._concerned(kwargs.values())):
             return func(*args, **kwargs)
         args, kwargs = tree_map(self._faked, (args, kwargs))
         with self.fake:
             return func(*args, **kwargs)
+
+    def _concerned(self, values: Iterable[Any]) -> bool:
+        """Whether a fake tensor or the device is among the arguments, or in a list of them."""
+        return any(
+            self._concerned(x) if isinstance(x, list | tuple) else isinstance(x, FakeTensor) or self._means_device(x)
+            for x in values
+        )
 
     def _means_device(self, x: Any) -> bool:
         name = x if isinstance(x, str) else x.type if isinstance(x, torch.device) else ""

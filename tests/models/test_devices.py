@@ -112,7 +112,7 @@ def result_of(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 def test_one_device_throughout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Moved to a device, or made on it, a model leaves nothing on the CPU; it computes without it, backwards too."""
     cls, arguments, inputs = CASES[name]
-    # There is neither a convolution with circumstances nor an FFT for the device that can be differentiated.
+    # The device that can be differentiated on knows neither the backward of a group norm nor an FFT.
     device = CUDA if name in ("vq", "dimsum-einfft") else DIFFERENTIABLE
     model = cls(**arguments).train()
     given = inputs(model)
