@@ -284,8 +284,8 @@ def resolve_config(name: str, state_dict: Weights, given: Mapping[str, Any]) -> 
         shown = published.config(state_dict, given)
     except KeyError as error:
         raise ValueError(
-            f"the checkpoint has no {error.args[0]}, from which the size of a {published.model.__name__} is read; it is "
-            "not complete, or of another model"
+            f"the checkpoint has no {error.args[0]}, from which the size of a {published.model.__name__} is read; "
+            "it is not complete, or of another model"
         ) from None
     for key, value in shown.items():
         if key in given and given[key] != value:
