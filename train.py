@@ -149,7 +149,7 @@ def resume(run: Run, checkpoint: Path | None) -> int:
     """Load a checkpoint into the run; returns the steps done."""
     if checkpoint is None:
         return 0
-    state = load_checkpoint(checkpoint, run.model)
+    state = load_checkpoint(checkpoint, run.model, run.task.component)
     with readable(checkpoint, "state.pt"):
         load_whole_state(run.optimizer, state["optimizer"])
         run.lr_scheduler.load_state_dict(state["lr_scheduler"])

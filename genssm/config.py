@@ -369,7 +369,7 @@ def describe_keys() -> str:
         if f.default is not MISSING:
             default = write_yaml(f.default)
         else:
-            default = "{}" if f.default_factory is dict else "(required)"
+            default = "(required)" if f.default_factory is MISSING else write_yaml(f.default_factory())
         lines.append(f"  {dotted:<38} {default:<22} {f.metadata['comment']}")
     return "\n".join(lines)
 

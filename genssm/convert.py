@@ -187,6 +187,9 @@ class KeyReport:
         return "\n".join(lines)
 
 
+_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")  # of data parallelism and of torch.compile
+
+
 class _Ignored:
     """Stands for every foreign class in a pickle (configurations, optimisers): takes anything, does nothing."""
 
@@ -210,7 +213,7 @@ def read_checkpoint(path: str | Path, weights: str | None = None) -> Weights:
         weights: which part to take; None takes the first of these that is there.
 
     Returns:
-        Tensors on the CPU by name, without a leading ``module.``.
+        Tensors on the CPU by name, without what wrappers put in front of it (``module.``, ``_orig_mod.``).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -226,7 +229,7 @@ def read_checkpoint(path: str | Path, weights: str | None = None) -> Weights:
     else:
         raise ValueError(f"{path.name} ends in {path.suffix!r}; expected .safetensors, .pt, .pth, .bin or .ckpt")
     part = _part(content, weights, path)
-    return {key.removeprefix("module."): value for key, value in part.items()}
+    return {_WRAPPERS.sub("", key): value for key, value in part.items()}
 
 
 def _read_pickle(path: Path) -> Any:
@@ -271,14 +274,20 @@ def resolve_config(name: str, state_dict: Weights, given: Mapping[str, Any]) -> 
         given: constructor arguments from a preset or the user.
 
     Raises:
-        ValueError: an argument is unknown, missing, or differs from what the tensors show.
+        ValueError: an argument is unknown, missing, or differs from what the tensors show, or a tensor is missing.
     """
     published = PUBLISHED[name]
     known = set(inspect.signature(published.model.__init__).parameters) - {"self"}
     unknown = sorted(set(given) - known)
     if unknown:
         raise ValueError(f"{published.model.__name__} has no argument {', '.join(unknown)}; it has {', '.join(known)}")
-    shown = published.config(state_dict, given)
+    try:
+        shown = published.config(state_dict, given)
+    except KeyError as error:
+        raise ValueError(
+            f"the checkpoint has no {error.args[0]}, from which the size of a {published.model.__name__} is read; "
+            "it is not complete, or of another model"
+        ) from None
     for key, value in shown.items():
         if key in given and given[key] != value:
             raise ValueError(f"{key} is {value!r} in the checkpoint but {given[key]!r} was given; leave it out")

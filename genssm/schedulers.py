@@ -113,7 +113,7 @@ class _FlowScheduler(SchedulerMixin, ConfigMixin):
             if self._begin_index is not None:
                 self._step_index = self._begin_index
             else:
-                distance = (self.timesteps.double() - float(timestep)).abs()
+                distance = (self.timesteps.cpu().double() - float(timestep)).abs()
                 self._step_index = int(distance.argmin())
                 if float(distance[self._step_index]) > 1e-3:
                     raise ValueError(f"timestep {float(timestep)} is not on the grid; pass one of scheduler.timesteps")

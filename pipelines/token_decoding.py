@@ -145,6 +145,6 @@ class TokenDecoder:
         self.count.zero_()
         self.cache.position.zero_()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(self.codes.device), torch.cuda.graph(graph):  # which records the current device
             self._advance()
         return graph

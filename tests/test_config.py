@@ -1,6 +1,7 @@
 """The configuration: conversion, errors, round trip, and every shipped file."""
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -131,8 +132,10 @@ def test_yaml_round_trip(value: object) -> None:
 
 def test_help_lists_every_key() -> None:
     text = describe_keys()
-    for dotted, _ in iter_keys():
-        assert f"  {dotted} " in text
+    for dotted, field in iter_keys():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"  {dotted} ")]
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        assert ("(required)" in line) == required, line
 
 
 def test_differences_ignore_what_may_change(file: Path) -> None:

@@ -24,6 +24,8 @@ from genssm.pipelines import (
 )
 from tests.models.test_aim import make_model as make_aim
 from tests.models.test_aim import published as published_aim
+from tests.models.test_dim import published_keys as dim_keys
+from tests.models.test_dimsum import published_keys as dimsum_keys
 from tests.models.test_vq import make_tokenizer
 from tests.models.test_vq import published as published_vq
 from tests.models.test_zigma import published_keys
@@ -81,6 +83,43 @@ def test_flat_files_are_read(published: dict, tmp_path: Path) -> None:
     for suffix in (".safetensors", ".pth", ".ckpt", ".bin"):
         read = read_checkpoint(tmp_path / f"a{suffix}")
         assert all(torch.equal(read[key], value) for key, value in published.items())
+
+
+def test_names_of_wrapped_models(published: dict, tmp_path: Path) -> None:
+    for wrapper in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        torch.save({f"{wrapper}{key}": value for key, value in published.items()}, tmp_path / "a.pt")
+        assert set(read_checkpoint(tmp_path / "a.pt")) == set(published)
+
+
+SMALL_FILES = {
+    "zigma": lambda: (zeros(published_keys(32, 1, "classes")), {"scan": "zigzag"}),
+    "dim": lambda: (zeros(dim_keys(32, 3, "classes")), {}),
+    "dimsum": lambda: (zeros(dimsum_keys()), {}),
+    "aim": lambda: (published_aim(make_aim(num_layers=1)), {"sample_size": [3, 4]}),
+    "vq": lambda: (published_vq(make_tokenizer()), {"norm_num_groups": 4}),
+}
+
+
+def zeros(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    return {key: torch.zeros(shape) for key, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("name", SMALL_FILES)
+def test_half_precision_and_missing_tensors(name: str) -> None:
+    """Weights in float16 become float32; without any one of them the answer is a report or a message, no traceback."""
+    weights, given = SMALL_FILES[name]()
+    weights = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
+    model, report = load_published(name, weights, given)
+    assert report.complete, str(report)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    refused = 0
+    for key in weights:
+        rest = {other: value for other, value in weights.items() if other != key}
+        try:
+            resolve_config(name, rest, given)
+        except ValueError as error:
+            refused += "the checkpoint has no" in str(error)
+    assert refused > 1
 
 
 class Attack:

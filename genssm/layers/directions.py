@@ -62,6 +62,22 @@ class DirectedMixer(nn.Module):
             raise ValueError(f"orders has shape {tuple(orders.shape)}; a bidirectional mixer takes (2, L) or (L,)")
         return orders
 
+    def check_state(
+        self,
+        orders: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> None:
+        """Refuse a state where none can be kept.
+
+        Raises:
+            ValueError: two directions, or sequences of different lengths.
+        """
+        if len(self.suffixes) > 1 or (orders is not None and orders.dim() == 2 and orders.shape[0] > 1):
+            raise ValueError("a state is kept along one direction; this mixer or its orders have two or more")
+        if lengths is not None or cu_seqlens is not None:
+            raise ValueError("state and lengths or cu_seqlens are both given; a state follows whole, equal sequences")
+
     def taps(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weights and biases of the convolution, (E, W) and (E), or (K, E, W) and (K, E) for K directions."""
         taps = [getattr(self, "conv1d" + suffix)() for suffix in self.suffixes]

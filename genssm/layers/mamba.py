@@ -128,16 +128,16 @@ class Mamba(DirectedMixer):
             lengths: (B,) valid tokens of each sample; later rows are neither visited nor written (zero).
             cu_seqlens: (S+1,) boundaries of sequences packed into one row of the batch (B = 1).
             state: tokens before these, from :meth:`allocate_state`; the state after them is written into it. For one
-                direction, and not differentiable.
+                direction, without ``lengths`` and ``cu_seqlens``, and not differentiable.
 
         Returns:
             (B, L, D), each token in its own row.
 
         Raises:
-            ValueError: ``orders`` has the wrong number of directions, or two directions are to keep a state.
+            ValueError: ``orders`` has the wrong number of directions, or ``state`` is given where none can be kept.
         """
         if state is not None:
-            self._check_one_direction()
+            self.check_state(orders, lengths, cu_seqlens)
             if hidden_states.shape[1] == 1:
                 return self.step(hidden_states[:, 0], state)[:, None]
         orders = self.direction_orders(orders, hidden_states)
@@ -175,7 +175,7 @@ class Mamba(DirectedMixer):
         Raises:
             ValueError: the mixer is bidirectional.
         """
-        self._check_one_direction()
+        self.check_state()
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, E) each
         x = causal_conv1d_step(state.conv, x, *self.taps(), activation="silu")
         delta, B, C = self._project_steps(x)
@@ -198,15 +198,11 @@ class Mamba(DirectedMixer):
         Raises:
             ValueError: the mixer is bidirectional.
         """
-        self._check_one_direction()
+        self.check_state()
         inner, width = self.conv1d.weight.shape[0], self.conv1d.weight.shape[-1]
         options = {"device": device or self.out_proj.weight.device, "dtype": dtype}
         conv = torch.zeros(batch_size, 1, inner, width - 1, **options)
         return MambaState(conv, torch.zeros(batch_size, 1, inner, self.d_state, **options))
-
-    def _check_one_direction(self) -> None:
-        if len(self.suffixes) > 1:
-            raise ValueError("a state is kept along one direction; this mixer has two")
 
     def _project_steps(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """delta before bias and softplus (..., L, E), B and C (..., L, N), with each direction's own projections."""

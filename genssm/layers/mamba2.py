@@ -158,7 +158,7 @@ class Mamba2(DirectedMixer):
             ValueError: ``orders`` has the wrong number of directions, or ``state`` is given where none can be kept.
         """
         if state is not None:
-            self._check_state(orders, lengths, cu_seqlens)
+            self.check_state(orders, lengths, cu_seqlens)
             if hidden_states.shape[1] == 1:
                 return self.step(hidden_states[:, 0], state)[:, None]
             return self._continue(hidden_states, orders, state)
@@ -195,7 +195,7 @@ class Mamba2(DirectedMixer):
         Raises:
             ValueError: the mixer is bidirectional.
         """
-        self._check_state()
+        self.check_state()
         y = mamba2_step(
             self.in_proj(hidden_states), state.conv, state.ssm, *self.taps(), self.A_log, self.D, self.dt_bias,
             ngroups=self.map_shape[0],
@@ -215,16 +215,10 @@ class Mamba2(DirectedMixer):
         Raises:
             ValueError: the mixer is bidirectional.
         """
-        self._check_state()
+        self.check_state()
         options = {"device": device or self.out_proj.weight.device, "dtype": dtype}
         conv = torch.zeros(batch_size, 1, self.sizes[1], self.d_conv - 1, **options)
         return Mamba2State(conv, torch.zeros(batch_size, 1, *self.state_shape, **options))
-
-    def _check_state(self, orders=None, lengths=None, cu_seqlens=None) -> None:
-        if len(self.suffixes) > 1 or (orders is not None and orders.dim() == 2 and orders.shape[0] > 1):
-            raise ValueError("a state is kept along one direction; this mixer or its orders have two or more")
-        if lengths is not None or cu_seqlens is not None:
-            raise ValueError("state and lengths or cu_seqlens are both given; a state follows whole, equal sequences")
 
     def _scan_inputs(self, mapped: torch.Tensor, dt: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """x, dt, A, B, C, D and z of the scan, for all tokens or one."""

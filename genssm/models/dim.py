@@ -30,6 +30,7 @@ from genssm.layers import (
     unpatchify,
     upcast,
 )
+from genssm.layers.buffers import table_device
 from genssm.layers.transformer import zero_bias_linear
 from genssm.scan_orders import DIM_PATTERNS, dim_pad_tokens, dim_pattern, dim_pattern_chain, with_prefix
 
@@ -268,7 +269,7 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
 
         self._other_layouts: dict[tuple, tuple[torch.Tensor, ...]] = {}
         for name, buffer in zip(("orders", "pad_cells"), self._layout(self.native_grid)):
-            self.register_buffer(name, buffer, persistent=False)
+            self.register_buffer(name, buffer.to(table_device()), persistent=False)
 
     @property
     def null_class_label(self) -> int | None:

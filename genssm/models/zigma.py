@@ -34,6 +34,7 @@ from genssm.layers import (
     unpatchify,
     upcast,
 )
+from genssm.layers.buffers import table_device
 from genssm.scan_orders import ORDERS, VIDEO_ORDERS, stack, video_kinds
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
@@ -264,7 +265,7 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         self._other_layouts: dict[tuple, tuple[torch.Tensor, ...]] = {}
         names = ("token_orders", "frame_orders", "fixed_positions")
         for name, buffer in zip(names, self._layout(max(num_frames, 1), self.native_grid)):
-            self.register_buffer(name, buffer, persistent=False)
+            self.register_buffer(name, None if buffer is None else buffer.to(table_device()), persistent=False)
 
     @property
     def null_class_label(self) -> int | None:

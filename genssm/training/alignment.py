@@ -83,7 +83,7 @@ class AlignedModel(nn.Module):
         super().__init__()
         if not 1 <= layer <= len(denoiser.blocks):
             raise ValueError(f"align.layer is {layer}; the model has the blocks 1..{len(denoiser.blocks)}")
-        self.model, self.alignment, self._seen = model, None, None
+        self.model, self.alignment, self._seen, self._watching = model, None, None, False
         self.projector = nn.Sequential(
             nn.Linear(denoiser.config.hidden_size, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
             nn.Linear(hidden, width),
@@ -91,14 +91,17 @@ class AlignedModel(nn.Module):
         denoiser.blocks[layer - 1].register_forward_hook(self._keep)
 
     def _keep(self, block: nn.Module, arguments: tuple, output: Any) -> None:
+        if not self._watching:  # the model draws samples
+            return
         if isinstance(output, tuple):  # the block's output is yet to be added to the stream
             output = sum(part for part in output if part is not None)
         self._seen = output
 
     def forward(self, *arguments: Any, alignment_target: torch.Tensor | None = None, **keys: Any) -> Any:
         """As the model's; see the class for ``alignment_target``."""
+        self._watching = alignment_target is not None
         output = self.model(*arguments, **keys)
-        self.alignment = None
+        self._watching, self.alignment = False, None
         if alignment_target is not None:
             if self._seen.shape[1] != alignment_target.shape[1]:
                 raise ValueError(

@@ -185,8 +185,13 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(checkpoint: str | Path, model: torch.nn.Module) -> dict[str, Any]:
+def load_checkpoint(checkpoint: str | Path, model: torch.nn.Module, component: str = "denoiser") -> dict[str, Any]:
     """Put the weights of a checkpoint into ``model`` and return its state.
+
+    Args:
+        checkpoint: the folder.
+        model: the trained module, without wrappers.
+        component: the model's name in the pipeline folder.
 
     Raises:
         FileNotFoundError: the folder is no checkpoint.
@@ -201,7 +206,7 @@ def load_checkpoint(checkpoint: str | Path, model: torch.nn.Module) -> dict[str,
             raise EOFError("it does not say its format and step")
     if state["format"] > FORMAT:
         raise ValueError(f"{checkpoint} has format {state['format']}, this version reads up to {FORMAT}; update genssm")
-    _check_config(checkpoint, model)
+    _check_config(checkpoint, model, component)
     with readable(checkpoint, "model.safetensors"):
         try:
             load_model(model, str(checkpoint / "model.safetensors"))
@@ -210,12 +215,12 @@ def load_checkpoint(checkpoint: str | Path, model: torch.nn.Module) -> dict[str,
     return state
 
 
-def _check_config(checkpoint: Path, model: torch.nn.Module) -> None:
+def _check_config(checkpoint: Path, model: torch.nn.Module, component: str) -> None:
     """Refuse weights whose shapes may fit but whose model is another one."""
-    file = checkpoint / "pipeline" / "denoiser" / "config.json"
+    file = checkpoint / "pipeline" / component / "config.json"
     if not file.is_file() or not hasattr(model, "config"):
         return
-    with readable(checkpoint, "pipeline/denoiser/config.json"):
+    with readable(checkpoint, f"pipeline/{component}/config.json"):
         saved = json.loads(file.read_text(encoding="utf-8"))
     denoiser = getattr(model, "denoiser", model)  # a text encoder may be trained beside it
     ours = json.loads(json.dumps({"_class_name": type(denoiser).__name__, **denoiser.config}, default=str))

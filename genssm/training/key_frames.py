@@ -29,8 +29,8 @@ def key_frame_scores(
         valid = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     else:
         valid = torch.arange(count, device=tokens.device) < lengths.to(tokens.device)[:, None]
-    # Differences, not torch.cdist: its matrix product loses the small distances that densities are made of.
-    distances = (tokens[:, :, None] - tokens[:, None]).square().sum(-1).sqrt()  # (B, L, L)
+    # A matrix product would lose the small distances that densities are made of.
+    distances = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist")  # (B, L, L)
     pairs = valid[:, None, :].expand_as(distances)
     density = torch.where(pairs, (-distances.square() / bandwidth).exp(), 0.0).sum(-1)  # (B, L)
     greater = (density[:, None, :] > density[:, :, None]) & pairs

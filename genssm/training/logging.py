@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -90,7 +91,9 @@ class MetricsLog:
         if not self.active:
             return
         rounded = {name: float(f"{value:.6g}") for name, value in numbers.items()}
-        self._file.write(json.dumps({"step": step, **rounded}) + "\n")
+        # JSON has no infinity: a gradient that overflowed in float16 is null.
+        known = {name: value if math.isfinite(value) else None for name, value in rounded.items()}
+        self._file.write(json.dumps({"step": step, **known}, allow_nan=False) + "\n")
         self._file.flush()
         self._bar.set_postfix({n: f"{v:.4g}" for n, v in rounded.items() if n in ("loss", "images_per_second")})
         if not self.quiet and not self.terminal:

@@ -58,9 +58,13 @@ def mamba2_step(
         "projected": (projected, (batch, heads * width + mapped + heads)),
         "conv_state": (conv_state, (batch, 1, mapped, conv_weight.shape[-1] - 1)),
         "conv_weight": (conv_weight, (mapped, conv_weight.shape[-1])),
+        "A_log": (A_log, (heads,)),
         "D": (D, (heads,)),
         "dt_bias": (dt_bias, (heads,)),
     }
+    if conv_bias is not None:
+        expected["conv_bias"] = (conv_bias, (mapped,))
+    arguments.check_devices(_NAME, projected.device, {name: x for name, (x, _) in expected.items()})
     for name, (x, shape) in expected.items():
         if x.shape != shape:
             raise ValueError(f"{_NAME}: {name} is {arguments.shape(x)}, expected {shape}")

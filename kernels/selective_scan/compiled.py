@@ -145,7 +145,7 @@ class _Call:
         self.directions = directions_of(orders, u, delta, A, B, C, D, z, delta_bias)
         self.sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         strips = -(-(channels // groups) // _STRIP)
-        self.parts = min(strips, -(-_ITEMS // (batch * groups)))
+        self.parts = min(strips, -(-_ITEMS // max(1, batch * groups)))
         self.kept: list[Tensor] = []
         sizes = {"batch": batch, "directions": self.directions, "length": length, "groups": groups}
         sizes.update(width=channels // groups, states=A.shape[-1], parts=self.parts, threads=torch.get_num_threads())

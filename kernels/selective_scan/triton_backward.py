@@ -334,7 +334,6 @@ def scan_backward_kernel(
     CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     STATES: tl.constexpr,
-    KEEP_DECAY: tl.constexpr,
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,
     EC: tl.constexpr,
@@ -509,7 +508,6 @@ def scan_backward_kernel(
                         raws = ()
                         steps = ()
                         before = ()
-                        decays = ()
                         gates = ()
                         for i in tl.static_range(UNROLL):
                             raw, step = _activated(ds[i], bias_e, seen[i], bias is not None, SOFTPLUS)
@@ -517,8 +515,6 @@ def scan_backward_kernel(
                             steps = steps + (step,)
                             before = before + (h,)
                             decayed = tl.exp2(over_states(step) * a2)
-                            if KEEP_DECAY:
-                                decays = decays + (decayed,)
                             h = decayed * h + over_states(step * us[i]) * over_channels(bs[i])
                             if z is not None:
                                 gate = sigmoid(zs[i])
@@ -545,10 +541,8 @@ def scan_backward_kernel(
                             db_t = sum_channels(over_states(step * us[i]) * adjoint)
                             _add_to(db_at + shared, db_t, only(nv_mask, live), again)
                             along_b = sum_states(adjoint * over_channels(bs[i]))
-                            if KEEP_DECAY:
-                                adjoint = adjoint * decays[i]
-                            else:  # `nothing` is zero, but unknown: a second exponential instead of a register
-                                adjoint = adjoint * tl.exp2(over_states(step + nothing) * a2)
+                            # `nothing` is zero, but unknown: a second exponential instead of a register
+                            adjoint = adjoint * tl.exp2(over_states(step + nothing) * a2)
                             flow = adjoint * before[i]
                             a_sum = a_sum + over_states(step) * flow
                             du_t = step * along_b

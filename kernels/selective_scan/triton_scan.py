@@ -90,16 +90,12 @@ def scan_forward(
     state_lanes: int | None = None,
     unroll: int | None = None,
     segments: int | None = None,
-    float_maps: bool | None = None,
-    registers: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scan all directions.
 
     Args:
         block_e, state_lanes, unroll, segments: channels of a program, lanes that share the states of a channel,
             tokens per trip, and pieces that time is split into; None takes the built-in choice. For measurements.
-        float_maps: convert B and C to float32 once instead of in every program.
-        registers: limit of registers of a lane, on NVIDIA devices.
     Returns:
         The result, the last state and the checkpoints (`saved_shape`); see `genssm.kernels.selective_scan.op`.
     Raises:
@@ -133,8 +129,6 @@ def scan_forward(
         if plan.segments > 1:
             carry = u.new_empty(sequences, directions, plan.segments, states, channels, dtype=torch.float32)
             decay = u.new_empty(sequences, directions, plan.segments, channels, dtype=torch.float32)
-        if float_maps:
-            B, C = _floats(B), _floats(C)
         b_strides, c_strides = strides(B), strides(C)
         arguments = {
             "u": u,
@@ -186,7 +180,7 @@ def scan_forward(
             "CHUNK": chunk_steps(states),
             "UNROLL": unroll or 4,
             **dataclasses.asdict(tile),
-            **_options(registers),
+            **_OPTIONS,
         }
         grid = (groups * group_blocks * plan.direction_programs * plan.segments * sequences,)
         if plan.segments > 1:
@@ -222,16 +216,13 @@ def scan_backward(
     unroll: int | None = None,
     segments: int | None = None,
     block_programs: int | None = None,
-    keep_decay: bool | None = None,
-    registers: int | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `scan_forward`.
 
     Args:
         block_e, state_lanes, unroll, segments: as in `scan_forward`. ``unroll`` divides `chunk_steps`.
-        block_programs: programs that share the blocks of a group, and slots of partial dB and dC.
-        keep_decay: hold exp(delta A) of a trip in registers instead of computing it again.
-        registers: limit of registers of a lane, on NVIDIA devices. For measurements, all of them.
+        block_programs: programs that share the blocks of a group, and slots of partial dB and dC. For measurements,
+            all of them.
     Returns:
         The nine gradients, each in the shape and dtype of its input, None for an absent one; see
         `genssm.kernels.selective_scan.op`.
@@ -303,7 +294,7 @@ def scan_backward(
                 "CHUNK": chunk,
                 "UNROLL": unroll or 4,
                 **dataclasses.asdict(tile),
-                **_options(registers),
+                **_OPTIONS,
             }
             carry = None
             if plan.segments > 1:
@@ -354,7 +345,6 @@ def scan_backward(
                 ADD_U=per_token[0].in_turn,
                 ADD_DELTA=per_token[1].in_turn,
                 ADD_Z=per_token[2].in_turn,
-                KEEP_DECAY=bool(keep_decay),
             )
     du, ddelta, dz = (x.result() for x in per_token)
     dA = _sum(da, A.shape[0]).transpose(-1, -2).to(A.dtype).contiguous()
@@ -458,11 +448,6 @@ def _sum(parts: Tensor, own: int, dim: int = 0) -> Tensor:
     return total.sum(dim, keepdim=True) if own < total.shape[dim] else total
 
 
-def _floats(x: Tensor) -> Tensor:
-    """(Bt, K, L, G, N) as float32; groups that are one stay one."""
-    return x[:, :, :, :1].float().expand(x.shape) if x.stride(3) == 0 else x.float()
-
-
 def _rows(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
@@ -470,10 +455,6 @@ def _rows(x: Tensor | None) -> Tensor | None:
 def _aligned(*strides: tuple[int, ...]) -> bool:
     """Whether every row of B and C can start a 16-byte load, as far as batch, direction and group decide it."""
     return all(stride % 8 == 0 for b, k, _, g, _ in strides for stride in (b, k, g))
-
-
-def _options(registers: int | None) -> dict[str, int | bool]:
-    return _OPTIONS if registers is None else {**_OPTIONS, "maxnreg": registers}
 
 
 def _power_of_two(n: int) -> int:

@@ -1,4 +1,4 @@
-"""Causal convolution along orders: every backend against the reference, its identities, and PyTorch's machinery."""
+"""Causal convolution along orders: every backend against the reference and its identities."""
 
 import itertools
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from genssm.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from tests.kernels.problems import FAST, Case, check_parity, conv_problem, rms_error, run
@@ -23,6 +22,7 @@ def test_parity_at_lengths_and_widths(backend: str, device: str, length: int, ta
 
 
 OPTIONS = {
+    "no batch row": Case(batch=0, directions=2, order="both", initial=True),
     "bare": Case(without="bias", activation=None),
     "no bias": Case(without="bias"),
     "two directions, all shared": Case(directions=2, order="both"),
@@ -183,47 +183,7 @@ def test_packed_sequences_equal_separate_ones(backend: str, device: str) -> None
         assert torch.equal(states[s], state[0])
 
 
-@fast
-def test_same_bits_twice(backend: str, device: str) -> None:
-    problem = conv_problem(Case(batch=3, length=65, channels=70, directions=2, order="both")).to(device, torch.float32)
-    first, second = (run(causal_conv1d, problem, backend) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 # PyTorch's machinery
-
-GRADCHECKS = {
-    "everything": Case(
-        length=5, channels=2, taps=3, directions=2, order="both", own="x weight bias", initial=True, activation="silu"
-    ),
-    "lengths": Case(length=5, channels=2, taps=3, lengths=(3, 5), directions=2, order="both", initial=True),
-    "packed": Case(
-        batch=1, length=6, channels=2, taps=4, cu_seqlens=(0, 2, 6), directions=2, order="both", initial=True
-    ),
-    "plain": Case(length=4, channels=2, taps=8, without="bias", activation=None),
-}
-
-
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
-@pytest.mark.parametrize("case", GRADCHECKS.values(), ids=GRADCHECKS.keys())
-def test_gradcheck(backend: str, case: Case) -> None:
-    problem = conv_problem(case).to("cpu", torch.float64)
-    names = list(problem.inputs)
-
-    def convolve(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return causal_conv1d(**dict(zip(names, tensors)), **problem.options, backend=backend)
-
-    assert torch.autograd.gradcheck(convolve, list(problem.inputs.values()))
-
-
-def test_reference_differentiates_twice() -> None:
-    problem = conv_problem(Case(batch=1, length=3, channels=1, taps=2)).to("cpu", torch.float64)
-    names = list(problem.inputs)
-
-    def convolve(*tensors: Tensor) -> Tensor:
-        return causal_conv1d(**dict(zip(names, tensors)), activation="silu", backend="reference")
-
-    assert torch.autograd.gradgradcheck(convolve, list(problem.inputs.values()))
 
 
 @fast
@@ -252,33 +212,6 @@ def test_opcheck(backend: str, device: str) -> None:
     torch.library.opcheck(torch.ops.genssm.causal_conv1d_bwd.default, (*grads, *args))
     args = tuple(x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
     torch.library.opcheck(torch.ops.genssm.causal_conv1d_fwd.default, args)
-
-
-@fast
-def test_compiles_whole(backend: str, device: str) -> None:
-    def loss(inputs: dict, options: dict) -> Tensor:
-        y, state = causal_conv1d(**inputs, **options, backend=backend)
-        return (y * y).sum() + state.sum()
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
-    for length in (20, 40):
-        problem = conv_problem(Case(length=length, directions=2, order="both")).to(device, torch.float32)
-        expected = torch.autograd.grad(loss(problem.inputs, problem.options), list(problem.inputs.values()))
-        found = torch.autograd.grad(compiled(problem.inputs, problem.options), list(problem.inputs.values()))
-        assert all(rms_error(a, b) < 1e-6 for a, b in zip(found, expected))
-
-
-@fast
-def test_gradient_checkpointing_is_exact(backend: str, device: str) -> None:
-    problem = conv_problem(Case(length=40)).to(device, torch.float32)
-    tensors = list(problem.inputs.values())
-
-    def convolve(*tensors: Tensor) -> Tensor:
-        return causal_conv1d(*tensors, activation="silu", backend=backend).square()
-
-    expected = torch.autograd.grad(convolve(*tensors).sum(), tensors)
-    checkpoint(convolve, *tensors, use_reentrant=False).sum().backward()
-    assert all(torch.equal(x.grad, grad) for x, grad in zip(tensors, expected))
 
 
 @fast

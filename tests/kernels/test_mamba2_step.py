@@ -72,6 +72,10 @@ def test_errors() -> None:
     given["projected"] = given["projected"][:, 0]
     with pytest.raises(ValueError, match=r"D is \(3,\), expected \(4,\)"):
         mamba2_step(**{**given, "D": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"conv_bias is \(7,\), expected"):
+        mamba2_step(**{**given, "conv_bias": torch.zeros(7)})
+    with pytest.raises(ValueError, match="D is on meta"):
+        mamba2_step(**{**given, "D": torch.zeros(4, device="meta")})
     with pytest.raises(ValueError, match="ngroups=3 dividing 4"):
         mamba2_step(**{**given, "ngroups": 3})
     with pytest.raises(ValueError, match="backend='triton' is not possible"):

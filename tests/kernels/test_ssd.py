@@ -1,11 +1,10 @@
-"""The Mamba-2 scan: every backend against the reference, the identities of the recurrence, and PyTorch's machinery."""
+"""The Mamba-2 scan: every backend against the reference and the identities of the recurrence."""
 
 import itertools
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from genssm.kernels.ssd import chunked, ssd, ssd_step
@@ -43,6 +42,7 @@ def _products(backend: str, dtype: torch.dtype) -> float:
 
 
 OPTIONS = {
+    "no batch row": Case(batch=0, directions=2, order="both", initial=True),
     "bare": Case(without="D z dt_bias", softplus=False),
     "no gate": Case(without="z"),
     "bias without softplus": Case(softplus=False),
@@ -264,13 +264,6 @@ def test_packed_sequences_equal_separate_ones(backend: str, device: str) -> None
         assert rms_error(states[s], state[0]) < 1e-6
 
 
-@fast
-def test_same_bits_twice(backend: str, device: str) -> None:
-    problem = ssd_problem(Case(batch=3, length=130, channels=96, directions=2, order="both")).to(device, torch.float32)
-    first, second = (run(ssd, problem, backend) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_same_result_on_any_number_of_threads() -> None:
     problem = ssd_problem(Case(batch=5, length=130, channels=75, states=16)).to("cpu", torch.float32)
     threads = torch.get_num_threads()
@@ -337,55 +330,7 @@ def test_memory_does_not_hold_all_states() -> None:
     assert largest <= length * heads * width * states / 32
 
 
-@fast
-def test_gradients_of_one_result_only(backend: str, device: str) -> None:
-    problem = ssd_problem(Case(initial=True, length=70)).to(device, torch.float32)
-    reference = problem.to("cpu", torch.float64)
-    for which in (0, 1):
-        found = ssd(**problem.inputs, **problem.options, backend=backend)[which]
-        expected = ssd(**reference.inputs, **reference.options, backend="reference")[which]
-        grads = torch.autograd.grad(found.sum(), list(problem.inputs.values()), materialize_grads=True)
-        wanted = torch.autograd.grad(expected.sum(), list(reference.inputs.values()), materialize_grads=True)
-        for name, grad, value in zip(problem.inputs, grads, wanted):
-            assert rms_error(grad, value) < 3e-6, name
-
-
 # PyTorch's machinery
-
-SMALL = {"channels": 4, "heads": 2, "states": 2}
-GRADCHECKS = {
-    "everything": Case(length=5, **SMALL, directions=2, order="both", own=EVERYTHING, initial=True),
-    "lengths": Case(length=5, **SMALL, lengths=(3, 5), directions=2, order="both", initial=True),
-    "packed": Case(batch=1, length=5, **SMALL, cu_seqlens=(0, 2, 5), directions=2, order="both", initial=True),
-    "groups": Case(length=4, **SMALL, groups=2, without="z D", softplus=False, reduce="none"),
-    "two chunks": Case(
-        batch=1, length=66, channels=1, heads=1, states=1, softplus=False, without="z D dt_bias", initial=True
-    ),
-}
-
-
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
-@pytest.mark.parametrize("case", GRADCHECKS.values(), ids=GRADCHECKS.keys())
-def test_gradcheck(backend: str, case: Case) -> None:
-    if backend == "reference" and case.length > chunked.STEPS:
-        pytest.skip("the reference has no chunks")
-    problem = ssd_problem(case).to("cpu", torch.float64)
-    names = list(problem.inputs)
-
-    def scan(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return ssd(**dict(zip(names, tensors)), **problem.options, backend=backend)
-
-    assert torch.autograd.gradcheck(scan, list(problem.inputs.values()))
-
-
-def test_reference_differentiates_twice() -> None:
-    problem = ssd_problem(Case(batch=1, length=3, channels=1, heads=1, states=2)).to("cpu", torch.float64)
-    names = list(problem.inputs)
-
-    def scan(*tensors: Tensor) -> Tensor:
-        return ssd(**dict(zip(names, tensors)), **problem.options, backend="reference")[0]
-
-    assert torch.autograd.gradgradcheck(scan, list(problem.inputs.values()))
 
 
 @fast
@@ -404,35 +349,6 @@ def test_opcheck(backend: str, device: str) -> None:
     torch.library.opcheck(torch.ops.genssm.ssd_bwd.default, (random(*out.shape), random(*last.shape), saved, *args))
     args = tuple(x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
     torch.library.opcheck(torch.ops.genssm.ssd_fwd.default, args)
-
-
-@fast
-def test_compiles_whole(backend: str, device: str) -> None:
-    def loss(inputs: dict, options: dict) -> Tensor:
-        y, state = ssd(**inputs, **options, backend=backend)
-        return (y * y).sum() + state.sum()
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
-    for length in (20, 70, 130):
-        problem = ssd_problem(Case(length=length, directions=2, order="both")).to(device, torch.float32)
-        expected = torch.autograd.grad(loss(problem.inputs, problem.options), list(problem.inputs.values()))
-        found = torch.autograd.grad(compiled(problem.inputs, problem.options), list(problem.inputs.values()))
-        assert all(rms_error(a, b) < 1e-6 for a, b in zip(found, expected))
-
-
-@fast
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_is_exact(backend: str, device: str, reentrant: bool) -> None:
-    problem = ssd_problem(Case(length=70)).to(device, torch.float32)
-    names = list(problem.inputs)
-
-    def scan(*tensors: Tensor) -> Tensor:
-        return ssd(**dict(zip(names, tensors)), **problem.options, backend=backend)[0].square()
-
-    tensors = list(problem.inputs.values())
-    expected = torch.autograd.grad(scan(*tensors).sum(), tensors)
-    checkpoint(scan, *tensors, use_reentrant=reentrant).sum().backward()
-    assert all(torch.equal(x.grad, grad) for x, grad in zip(tensors, expected))
 
 
 @fast
@@ -524,12 +440,3 @@ def test_mistakes_are_named(changes: dict, message: str) -> None:
     problem = ssd_problem(Case())
     with pytest.raises(ValueError, match=message):
         ssd(**{**problem.inputs, **problem.options, **changes})
-
-
-def test_packed_mistakes_are_named() -> None:
-    problem = ssd_problem(Case(batch=1, length=6))
-    with pytest.raises(ValueError, match="rising borders from 0 to 6"):
-        ssd(**problem.inputs, cu_seqlens=torch.tensor([0, 3, 5]))
-    order = torch.tensor([0, 3, 1, 2, 4, 5])
-    with pytest.raises(ValueError, match="leaves a packed sequence and comes back"):
-        ssd(**problem.inputs, cu_seqlens=torch.tensor([0, 3, 6]), orders=order)

@@ -97,6 +97,19 @@ def test_packed_sequences(bidirectional: bool) -> None:
         torch.testing.assert_close(packed[:, start:end], mixer(h[:, start:end]))
 
 
+@pytest.mark.parametrize("length", [1, 4])
+def test_states_are_refused_where_none_can_be_kept(length: int) -> None:
+    hidden = torch.randn(2, length, 12, dtype=torch.float64)
+    with pytest.raises(ValueError, match="a state is kept along one direction"):
+        build(bidirectional=True).allocate_state(2)
+    mixer = build()
+    state = mixer.allocate_state(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="a state is kept along one direction"):
+        mixer(hidden, torch.arange(length).expand(2, length), state=state)
+    with pytest.raises(ValueError, match="state and lengths or cu_seqlens are both given"):
+        mixer(hidden, lengths=torch.tensor([length, 1]), state=state)
+
+
 def test_gradients_of_every_parameter_against_the_formulas() -> None:
     mixer, h = build(bidirectional=True), torch.randn(2, 6, 12, dtype=torch.float64)
     order = torch.randperm(6)

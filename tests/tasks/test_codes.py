@@ -106,6 +106,15 @@ def test_tokenizer_with_discriminator_resumes_exactly(tmp_path: Path) -> None:
     assert largest_difference(weights(straight, 4), weights(without, 4)) > 0
 
 
+def test_another_model_of_the_same_shapes_cannot_go_on(tmp_path: Path) -> None:
+    """Also one that is no denoiser: its name in the pipeline folder is another."""
+    short = ("train.max_train_steps=1", "train.checkpointing_steps=1", "log.sample_every=0")
+    checkpoint = run_train("vq", tmp_path / "run", *short) / "checkpoints" / "step_0000001"
+    other = ("model.args.commitment_weight=0.5", f"train.resume_from_checkpoint={checkpoint}")
+    with pytest.raises(ValueError, match=r"another model than .*commitment_weight: 0\.25 -> 0\.5"):
+        run_train("vq", tmp_path / "other", *short, *other)
+
+
 def test_tokenizer_trains_in_bfloat16(tmp_path: Path) -> None:
     run = run_train(
         "vq", tmp_path / "run", "train.mixed_precision=bf16", "train.max_train_steps=5", "log.sample_every=0"

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,9 @@ def test_loss_by_hand(name: str, encoder_folder: Path) -> None:
     torch.testing.assert_close(output, model(*arguments).sample)
     aligned(*arguments)
     assert aligned.alignment is None
+    for call in (model, aligned, partial(aligned, alignment_target=target)):
+        call(*arguments)
+        assert aligned._seen is None  # nothing keeps the activations of a block alive
     assert not any(name.startswith("projector") for name, _ in model.named_parameters())
 
 

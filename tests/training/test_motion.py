@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from genssm.config import load_config
@@ -147,6 +148,25 @@ def test_hidden_key_frames_are_not_seen() -> None:
     own.loss(Spy(), batch, numbers)
     hidden = (seen[0] == 0).all(-1) & (torch.arange(48) < batch["length"][:, None])
     assert hidden.sum(1).tolist() == [int(0.25 * n) for n in batch["length"].tolist()]
+
+
+def test_key_frames_do_not_hold_every_difference() -> None:
+    """196 frames of 263 features, 64 clips: the differences of all pairs would be 2.6 GB."""
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            largest = max(largest, result.numel() if isinstance(result, torch.Tensor) else 0)
+            return result
+
+    tokens = torch.randn(2, 48, 263, generator=torch.Generator().manual_seed(0))
+    with Largest():
+        density, _, _ = key_frame_scores(tokens, bandwidth=263.0)
+    assert largest == 2 * 48 * 48
+    distances = (tokens[:, :, None] - tokens[:, None]).square().sum(-1)
+    torch.testing.assert_close(density, (-distances / 263).exp().sum(-1))
 
 
 def test_key_frame_scores_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -277,6 +278,19 @@ def test_metrics_after_the_resumed_step_are_cut(tmp_path: Path) -> None:
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [10, 20, 25] and lines[-1]["loss"] == 0.123457
+
+
+def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
+    """A file of JSON lines stays one, whatever a step in float16 brought."""
+    log = MetricsLog(tmp_path, 0, 100, quiet=True)
+    log.write(10, loss=0.5, grad_norm=math.inf)
+    log.close()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert line == {"step": 10, "loss": 0.5, "grad_norm": None}
 
 
 def test_terminal_and_log_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
