@@ -17,7 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
-from genssm.layers import CrossAttention, DenoiserOutput, LayerNorm, Modulation, masked_mean, modulate
+from genssm.layers import CrossAttention, DenoiserOutput, LayerNorm, Modulation, masked_mean
 from genssm.layers.buffers import table_device
 from genssm.layers.condition_tokens import ConditionTokens
 from genssm.layers.isolated_scans import IsolatedScans, scan_counts, two_ways
@@ -104,11 +104,12 @@ class MotionMambaFrameBlock(nn.Module):
     ) -> torch.Tensor:
         """Map (B, L, C), conditioned on (B, C), to (B, L, C); ``orders`` (2, L) and ``lengths`` (B,) of the tokens."""
         shift, scale, gate, *spatial = self.modulation(conditioning)  # (B, 1, C) each
-        x = x + gate * self.temporal(modulate(self.norm_temporal(x), shift, scale), orders, lengths)
+        y = self.temporal(self.norm_temporal(x, shift, scale), orders, lengths)
         if self.spatial is not None:
-            shift, scale, gate = spatial
-            x = x + gate * self.spatial(modulate(self.norm_spatial(x), shift, scale))
-        return x
+            shift, scale, spatial_gate = spatial
+            x, y = self.norm_spatial(x, shift, scale, add=y, gate=gate)
+            y, gate = self.spatial(y), spatial_gate
+        return x + gate * y
 
 
 class MotionMambaFrames(ModelMixin, ConfigMixin, PeftAdapterMixin):

@@ -16,7 +16,11 @@ _WANTED = 4  # programs of the backward per multiprocessor: each keeps sums over
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Nothing is compiled anew for another batch or length.
 _FORWARD = ["length", *(f"{name}_{dim}" for name in ("h", "x", "gate", "shift", "scale") for dim in "bl")]
-_BACKWARD = ["length", "chunks", *(f"{name}_{dim}" for name in ("h", "x", "gate", "scale", "gh", "gy", "gn") for dim in "bl")]
+_BACKWARD = [
+    "length",
+    "chunks",
+    *(f"{name}_{dim}" for name in ("h", "x", "gate", "scale", "gh", "gy", "gn") for dim in "bl"),
+]
 
 
 @triton.jit
@@ -102,7 +106,7 @@ def norm_backward_kernel(
     offset = load_vector(bias, e, D) if bias is not None else 0.0
     zeros = tl.zeros([BLOCK], tl.float32)
     sum_gate, sum_weight, sum_bias, sum_shift, sum_scale = zeros, zeros, zeros, zeros, zeros
-    for i in range(0, tl.minimum(tokens, length - first)):
+    for i in range(tl.minimum(tokens, length - first)):
         l = first.to(tl.int64) + i
         at = (b * length + l) * D + e
         t = load_row(h, b, l, h_b, h_l, e, D, ALIGNED)
@@ -278,7 +282,7 @@ def _arguments(
         "LAYER": layer,
         "EPS": eps,
         "D": channels,
-        "ALIGNED": all(stride % 8 == 0 for pair in strides.values() for stride in pair),
+        "ALIGNED": channels % 8 == 0 and all(stride % 8 == 0 for pair in strides.values() for stride in pair),
         "BLOCK": triton.next_power_of_2(channels),
     }
     for name, pair in strides.items():
