@@ -54,6 +54,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m genssm.kernels.selective_scan.benchmark
 	$(BIN)/python -m genssm.kernels.causal_conv1d.benchmark
 	$(BIN)/python -m genssm.kernels.ssd.benchmark
+	$(BIN)/python -m genssm.kernels.add_norm.benchmark
 	$(BIN)/python -m benchmarks.models
 
 clean:

@@ -14,7 +14,7 @@ from genssm.layers.embeddings import (
 from genssm.layers.mamba import Mamba
 from genssm.layers.mamba2 import Mamba2
 from genssm.layers.mixers import make_mixer, mixer_options
-from genssm.layers.modulation import DropPath, LayerNorm, Modulation, RMSNorm, modulate, upcast
+from genssm.layers.modulation import DropPath, LayerNorm, Modulation, Norm, RMSNorm, modulate, upcast
 from genssm.layers.outputs import DenoiserOutput, TokenOutput
 from genssm.layers.packing import Packing
 from genssm.layers.parameter_groups import parameter_groups
@@ -30,6 +30,7 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "Modulation",
+    "Norm",
     "Packing",
     "PatchEmbed",
     "RMSNorm",

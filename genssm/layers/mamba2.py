@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from genssm.kernels.add_norm import add_norm
 from genssm.kernels.causal_conv1d import causal_conv1d
 from genssm.kernels.mamba2_step import mamba2_step
 from genssm.kernels.ssd import ssd
 from genssm.layers.directions import DepthwiseTaps, DirectedMixer, initial_dt_bias
-from genssm.layers.modulation import upcast
+from genssm.layers.modulation import product_dtype, upcast
 
 # B batch, L tokens, K directions, D hidden_size, E = expand * D, P headdim, H = E / P heads, G ngroups, N d_state,
 # W d_conv, M = E + 2 G N channels of the convolution
@@ -18,6 +19,8 @@ from genssm.layers.modulation import upcast
 
 class GroupRMSNorm(nn.Module):
     """Root-mean-square norm over each of G groups of channels; float32 inside, the result has the weight's dtype.
+
+    One group, the usual case, is one operator, whose result is for a matrix product, as :class:`Norm` says.
 
     Args:
         dim: channels E.
@@ -33,6 +36,8 @@ class GroupRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise ``x`` (..., E); returns (..., E)."""
+        if self.groups == 1:
+            return add_norm(x, weight=self.weight, eps=self.eps, dtype=product_dtype(x))[1]
         x = upcast(x).unflatten(-1, (self.groups, -1))
         x = F.rms_norm(x, x.shape[-1:], eps=self.eps).flatten(-2)
         return (x * upcast(self.weight)).to(self.weight.dtype)

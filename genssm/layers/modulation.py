@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from genssm.kernels.add_norm import add_norm
 from genssm.layers.buffers import table_device
 from genssm.layers.packing import Packing
 
@@ -13,7 +14,66 @@ def upcast(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-class RMSNorm(nn.Module):
+def product_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """Type that autocast gives to what a matrix product reads beside ``x``; None where it changes nothing."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+class Norm(nn.Module):
+    """Base of the norms: alone they are one function of PyTorch, with what stands around them in a block one operator.
+
+    A derived class has ``kind`` ("rms" or "layer"), ``eps``, ``weight`` and ``bias``.
+    """
+
+    kind: str
+
+    def alone(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise ``x`` (..., D) over its last dimension; returns (..., D)."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        shift: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+        *,
+        add: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
+        return_normed: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Normalise over the last dimension; first update the stream and then modulate, where that is asked for.
+
+            x <- x + gate add;   n = norm(x);   y = n (1 + scale) + shift
+
+        Types are those of the steps one by one (:func:`genssm.kernels.add_norm.add_norm`). A modulated y is for a
+        matrix product: under autocast it comes in the type that the product would cast it to.
+
+        Args:
+            x: (..., D); (B, L, D) where it meets gates or modulations.
+            shift, scale: both or neither, (B, 1, D).
+            add: what is added first, shape of ``x``.
+            gate: factor of ``add``, (B, 1, D); None adds it as it is.
+            return_normed: return n too.
+
+        Returns:
+            y, which is n where nothing modulates it, (..., D). With ``add`` the new x comes before it, with
+            ``return_normed`` n behind it.
+        """
+        if add is None and shift is None and not return_normed:
+            return self.alone(x)
+        new, *found = add_norm(
+            x, add, gate, weight=self.weight, bias=self.bias, shift=shift, scale=scale, norm=self.kind, eps=self.eps,
+            dtype=None if shift is None else product_dtype(x), return_normed=return_normed,
+        )  # fmt: skip
+        if add is not None:
+            return new, *found
+        return tuple(found) if return_normed else found[0]
+
+
+class RMSNorm(Norm):
     """Root-mean-square norm (Zhang and Sennrich 2019), y = x / sqrt(mean(x^2) + eps) * weight.
 
     Statistics and product are computed in float32 whatever the input; the result has the dtype of the weight.
@@ -23,17 +83,19 @@ class RMSNorm(nn.Module):
         eps: added to the mean square.
     """
 
+    kind = "rms"
+    bias = None
+
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise ``x`` (..., D) over its last dimension; returns (..., D)."""
+    def alone(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(upcast(x), self.weight.shape, upcast(self.weight), self.eps).to(self.weight.dtype)
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(Norm):
     """Layer norm with float32 statistics; the result has the dtype of the weight, or of the input without one.
 
     Args:
@@ -42,6 +104,8 @@ class LayerNorm(nn.Module):
         affine: learn a weight and a bias.
     """
 
+    kind = "layer"
+
     def __init__(self, dim: int, eps: float = 1e-6, affine: bool = True) -> None:
         super().__init__()
         self.dim = dim
@@ -49,8 +113,7 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if affine else None
         self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise ``x`` (..., D) over its last dimension; returns (..., D)."""
+    def alone(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight is None:
             return F.layer_norm(upcast(x), (self.dim,), eps=self.eps).to(x.dtype)
         y = F.layer_norm(upcast(x), (self.dim,), upcast(self.weight), upcast(self.bias), self.eps)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genssm.layers.attention import CrossAttention
-from genssm.layers.modulation import LayerNorm, Modulation, modulate
+from genssm.layers.modulation import LayerNorm, Modulation
 
 
 def zero_bias_linear(in_features: int, out_features: int) -> nn.Linear:
@@ -86,13 +86,15 @@ class AttentionBlock(nn.Module):
     ) -> torch.Tensor:
         """Map (B, L, D), conditioned on (B, D) and the text ``context`` (B, S, D) where its mask is True."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2, *cross = self.modulation(conditioning)  # (B, 1, D) each
-        q, k, v = split_heads(self.qkv(modulate(self.norm_1(x), shift_1, scale_1)), self.num_heads)
+        q, k, v = split_heads(self.qkv(self.norm_1(x, shift_1, scale_1)), self.num_heads)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + gate_1 * self.proj(y)
+        y, gate = self.proj(y), gate_1
         if self.cross_attn is not None:
-            shift, scale, gate = cross
-            x = x + gate * self.cross_attn(modulate(self.norm_cross(x), shift, scale), context, context_mask)
-        return x + gate_2 * self.mlp(modulate(self.norm_2(x), shift_2, scale_2))
+            shift, scale, cross_gate = cross
+            x, y = self.norm_cross(x, shift, scale, add=y, gate=gate)
+            y, gate = self.cross_attn(y, context, context_mask), cross_gate
+        x, y = self.norm_2(x, shift_2, scale_2, add=y, gate=gate)
+        return x + gate_2 * self.mlp(y)
 
 
 class CrossFusion(nn.Module):

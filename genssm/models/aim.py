@@ -33,6 +33,7 @@ NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 MLP_MULTIPLE = 128
 
 Vectors = tuple[torch.Tensor, ...]  # shift, scale and gate of the mixer, or of mixer and MLP; (B, 1, D) each
+Update = tuple[torch.Tensor, torch.Tensor]  # what a layer adds to the stream, (B, L, D), and its gate, (B, 1, D)
 
 
 class CodeTable(nn.Module):
@@ -68,6 +69,8 @@ class GatedMLP(nn.Module):
 
 class AiMBlock(nn.Module):
     """One layer of the residual stream: x + gate * mixer(modulate(norm(x))), then the same with an MLP if there is one.
+
+    The last sum is left to whoever normalises the stream next, since stream update and norm are one operator.
 
     Args:
         hidden_size: width D.
@@ -107,29 +110,36 @@ class AiMBlock(nn.Module):
             return self.modulation(conditioning)
         return tuple(row + own for row, own in zip(group, self.table.split(1, dim=1)))
 
-    def forward(self, hidden_states: torch.Tensor, vectors: Vectors, state: Any = None) -> torch.Tensor:
-        """Add one layer to the stream.
+    def forward(
+        self, hidden_states: torch.Tensor, vectors: Vectors, state: Any = None, update: Update | None = None
+    ) -> tuple[torch.Tensor, Update]:
+        """Go through one layer.
 
         Args:
             hidden_states: residual stream (B, L, D), float32.
             vectors: see :meth:`vectors`.
             state: the mixer's state, read and updated in place; None starts anew.
+            update: what the layer before adds to the stream; None for the first layer.
 
         Returns:
-            (B, L, D), float32.
+            The stream, (B, L, D), float32, and what this layer adds to it.
         """
         if self.mlp is None:
             shift, scale, gate = vectors
         else:
             shift, shift_mlp, scale, scale_mlp, gate, gate_mlp = vectors
-        x = self.mixer(modulate(self.norm(hidden_states), shift, scale), state=state)
-        hidden_states = hidden_states + gate * x
+        if update is None:
+            x = self.norm(hidden_states, shift, scale)
+        else:
+            hidden_states, x = self.norm(hidden_states, shift, scale, add=update[0], gate=update[1])
+        x = self.mixer(x, state=state)
         if self.mlp is None:
-            return hidden_states
-        normed = self.norm_mlp(hidden_states)
+            return hidden_states, (x, gate)
         if self.mlp_residual == "as_released_unfused":
-            hidden_states, normed = upcast(normed), gate * x
-        return hidden_states + gate_mlp * self.mlp(modulate(normed, shift_mlp, scale_mlp))
+            _, normed = self.norm_mlp(hidden_states, add=x, gate=gate)
+            return upcast(normed), (self.mlp(modulate(gate * x, shift_mlp, scale_mlp)), gate_mlp)
+        hidden_states, x = self.norm_mlp(hidden_states, shift_mlp, scale_mlp, add=x, gate=gate)
+        return hidden_states, (self.mlp(x), gate_mlp)
 
 
 @dataclass
@@ -337,28 +347,30 @@ class AiM(ModelMixin, ConfigMixin, PeftAdapterMixin):
             parts.append(F.embedding(codes, self.code_embed()) + self.positions[first : first + length])
         x = upcast(torch.cat(parts, dim=1))  # (B, S + 1 + L, D)
 
-        vectors = self._vectors(c)
+        vectors, update = self._vectors(c), None
         for layer, block in enumerate(self.blocks):
             state = None if cache is None else cache.states[layer]
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, vectors[layer], state)
+                x, update = self._gradient_checkpointing_func(block, x, vectors[layer], state, update)
             else:
-                x = block(x, vectors[layer], state)  # (B, S + 1 + L, D)
+                x, update = block(x, vectors[layer], state, update)  # (B, S + 1 + L, D)
         if cache is not None:
             for kept, new in zip(cache.vectors, vectors):
                 kept.copy_(torch.stack(new))
             cache.position.fill_(length)
             cache.begun = True
-        return self._logits(x[:, -length - 1 :], vectors[-1])
+        last, gate = update
+        return self._logits(x[:, -length - 1 :], (last[:, -length - 1 :], gate), vectors[-1])
 
     def _step(self, codes: torch.Tensor, cache: AiMCache) -> torch.Tensor:
         """Logits (B, 1, V) after one code more; nothing here depends on values, so a graph can be captured of it."""
         row = self.positions.index_select(0, cache.position + self.config.position_offset)  # (1, D)
         x = upcast(F.embedding(codes, self.code_embed()) + row)  # (B, 1, D)
+        update = None
         for block, vectors, state in zip(self.blocks, cache.vectors, cache.states):
-            x = block(x, vectors.unbind(0), state)  # (B, 1, D)
+            x, update = block(x, vectors.unbind(0), state, update)  # (B, 1, D)
         cache.position.add_(1)
-        return self._logits(x, cache.vectors[-1].unbind(0))
+        return self._logits(x, update, cache.vectors[-1].unbind(0))
 
     def _vectors(self, conditioning: torch.Tensor) -> list[Vectors]:
         """Modulation of each layer and of the output from the condition (B, D)."""
@@ -369,8 +381,9 @@ class AiM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         per_layer = [block.vectors(conditioning, groups[i % len(groups)]) for i, block in enumerate(self.blocks)]
         return [*per_layer, self.modulation_out(conditioning)]
 
-    def _logits(self, x: torch.Tensor, vectors: Vectors) -> torch.Tensor:
-        x = modulate(self.norm_final(self.norm_out(x)), *vectors)
+    def _logits(self, x: torch.Tensor, update: Update, vectors: Vectors) -> torch.Tensor:
+        _, x = self.norm_out(x, add=update[0], gate=update[1])
+        x = self.norm_final(x, *vectors)
         return F.linear(x, self.code_embed()) if self.proj_out is None else self.proj_out(x)
 
     def new_cache(self, batch_size: int, device: torch.device | str | None = None) -> AiMCache:

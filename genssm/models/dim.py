@@ -24,7 +24,6 @@ from genssm.layers import (
     make_mixer,
     masked_mean,
     mixer_options,
-    modulate,
     resize_positions,
     sinusoidal_features,
     unpatchify,
@@ -106,7 +105,7 @@ class DiMBlock(nn.Module):
         if self.long_skip is not None:
             x = upcast(self.long_skip(x.to(self.norm.weight.dtype), skip))
         shift, scale, gate = (self.table + modulation).chunk(3, dim=1)  # (B, 1, D) each
-        return x + (1 + gate) * self.mixer(modulate(self.norm(x), shift, scale), order)
+        return x + (1 + gate) * self.mixer(self.norm(x, shift, scale), order)
 
 
 class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
@@ -364,7 +363,7 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         x = x[:, front.shape[1] :].unflatten(1, (grid[0] + pad, grid[1] + pad))[:, : grid[0], : grid[1]]
         if self.conv_out is not None:
             x = _on_grid(self.conv_out, x.to(dtype))
-        x = modulate(self.norm_out(x.flatten(1, 2)), *self.modulation_out(token_sum.to(dtype)))  # (B, T, D)
+        x = self.norm_out(x.flatten(1, 2), *self.modulation_out(token_sum.to(dtype)))  # (B, T, D)
         sample = unpatchify(self.proj_out(x), grid, self.config.patch_size)  # (B, C, H, W)
         if self.conv_final is not None:
             sample = self.conv_final(sample)

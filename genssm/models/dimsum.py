@@ -18,6 +18,7 @@ from genssm.layers import (
     LabelEmbedding,
     LayerNorm,
     Modulation,
+    Norm,
     PatchEmbed,
     RMSNorm,
     TimestepEmbedding,
@@ -140,8 +141,7 @@ class DiMSUMBlock(nn.Module):
         Returns:
             ``hidden_states`` and ``residual`` for the next block.
         """
-        residual = _accumulate(residual, self.drop_path(hidden_states))
-        u = self.norm(residual)  # (B, L, D)
+        residual, u = _accumulate(self.norm, residual, self.drop_path(hidden_states))  # (B, L, D) each
         u_1, u_2 = u.chunk(2, dim=-1)  # (B, L, D/2) each
         spatial = self.spatial(u_1, conditioning, order)
         if self.transform is None:
@@ -149,9 +149,9 @@ class DiMSUMBlock(nn.Module):
         else:
             packed = self.frequency(self.transform(u_2, grid), conditioning, frequency_order)
             frequency = self.transform(packed, grid, inverse=True)
-        v = u + self.fusion(spatial, frequency)
         shift, scale, gate = self.modulation(conditioning)
-        return v + gate * self.mlp(modulate(self.norm_2(v), shift, scale)), residual
+        v, y = self.norm_2(u, shift, scale, add=self.fusion(spatial, frequency))
+        return v + gate * self.mlp(y), residual
 
 
 class DiMSUMLinearBlock(nn.Module):
@@ -201,15 +201,16 @@ class DiMSUMLinearBlock(nn.Module):
         frequency_order: None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As :meth:`DiMSUMBlock.forward`; there is no second order."""
-        residual = _accumulate(residual, self.drop_path(hidden_states))
-        u = self.norm(residual)  # (B, L, D)
+        residual, u = _accumulate(self.norm, residual, self.drop_path(hidden_states))  # (B, L, D) each
         if self.transform is not None:
             u = self.transform(u, grid)
         shift, scale, gate, *mlp = self.modulation(conditioning)  # (B, 1, D) each
-        u = u + gate * self.mixer(modulate(u, shift, scale), order)
+        y = self.mixer(modulate(u, shift, scale), order)
         if self.mlp is not None:
-            shift, scale, gate = mlp
-            u = u + gate * self.mlp(modulate(self.norm_2(u), shift, scale))
+            shift, scale, mlp_gate = mlp
+            u, y = self.norm_2(u, shift, scale, add=y, gate=gate)
+            y, gate = self.mlp(y), mlp_gate
+        u = u + gate * y
         if self.transform is not None:
             u = self.transform(u, grid, inverse=True)
         return u, residual
@@ -448,8 +449,8 @@ class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 use = 0 if self.config.shared_attention else (i + 1) // every - 1
                 x = self._run(self.attention_blocks[use], x, c, context, mask)  # (B, L, D)
         if self.norm_out is not None:
-            x = self.norm_out(_accumulate(residual, self.drop_path_out(x)))
-        x = self.proj_out(modulate(self.norm_final(x), *self.modulation_out(c)))  # (B, L, p p C)
+            _, x = _accumulate(self.norm_out, residual, self.drop_path_out(x))
+        x = self.proj_out(self.norm_final(x, *self.modulation_out(c)))  # (B, L, p p C)
         sample = unpatchify(x, grid, self.config.patch_size).to(hidden_states.dtype)  # (B, C, H, W)
         if self.config.time_convention == "data_at_one":
             velocity, more = sample.split([self.config.in_channels, self.out_channels - self.config.in_channels], dim=1)
@@ -546,9 +547,12 @@ def _cond_proj(in_features: int, out_features: int) -> nn.Linear:
     return zero_bias_linear(in_features, out_features).requires_grad_(False)
 
 
-def _accumulate(residual: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    """The residual stream with ``x`` added, in float32."""
-    return upcast(x) if residual is None else residual + upcast(x)
+def _accumulate(norm: Norm, residual: torch.Tensor | None, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual stream with ``x`` added, float32, and its norm; ``x`` begins a stream that is None."""
+    if residual is None:
+        residual = upcast(x)
+        return residual, norm(residual)
+    return norm(residual, add=x)
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:

@@ -127,8 +127,8 @@ class MaskMambaBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map the residual stream (B, L, D), float32, to the same."""
-        hidden_states = hidden_states + self.mixer(self.norm(hidden_states))
-        return hidden_states + self.mlp(self.norm_mlp(hidden_states))
+        hidden_states, x = self.norm_mlp(hidden_states, add=self.mixer(self.norm(hidden_states)))
+        return hidden_states + self.mlp(x)
 
 
 class MaskMamba(ModelMixin, ConfigMixin, PeftAdapterMixin):

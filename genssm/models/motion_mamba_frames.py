@@ -17,7 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
-from genssm.layers import CrossAttention, DenoiserOutput, LayerNorm, Modulation, Packing, masked_mean, modulate
+from genssm.layers import CrossAttention, DenoiserOutput, LayerNorm, Modulation, Packing, masked_mean
 from genssm.layers.buffers import table_device
 from genssm.layers.condition_tokens import ConditionTokens
 from genssm.layers.isolated_scans import IsolatedScans, scan_counts, two_ways
@@ -127,11 +127,12 @@ class MotionMambaFrameBlock(nn.Module):
         """
         shift, scale, gate, *spatial = self.modulation(conditioning, packing)  # (B, 1, C) or (1, L, C) each
         over = (orders, lengths, None if packing is None else packing.cu_seqlens)
-        x = x + gate * self.temporal(modulate(self.norm_temporal(x), shift, scale), *over)
+        y = self.temporal(self.norm_temporal(x, shift, scale), *over)
         if self.spatial is not None:
-            shift, scale, gate = spatial
-            x = x + gate * self.spatial(modulate(self.norm_spatial(x), shift, scale))
-        return x
+            shift, scale, spatial_gate = spatial
+            x, y = self.norm_spatial(x, shift, scale, add=y, gate=gate)
+            y, gate = self.spatial(y), spatial_gate
+        return x + gate * y
 
 
 class MotionMambaFrames(ModelMixin, ConfigMixin, PeftAdapterMixin):

@@ -27,7 +27,6 @@ from genssm.layers import (
     make_mixer,
     masked_mean,
     mixer_options,
-    modulate,
     read_text,
     resize_positions,
     sincos_2d,
@@ -105,9 +104,8 @@ class ZigMaBlock(nn.Module):
             (B, L, D), float32.
         """
         batch, length, width = hidden_states.shape
-        x = self.norm(hidden_states)  # (B, L, D)
         shift, scale, gate, *cross = self.modulation(conditioning, packing)  # (B, 1, D) or (1, L, D) each
-        y = modulate(x, shift, scale)
+        y, x = self.norm(hidden_states, shift, scale, return_normed=True)  # (B, L, D) each
         if self.axis == "space":
             y = self.mixer(y.reshape(batch * frames, -1, width), order).reshape(batch, length, width)
         elif self.axis == "time":
@@ -117,11 +115,11 @@ class ZigMaBlock(nn.Module):
             y = y.unflatten(0, (batch, -1)).transpose(1, 2).flatten(1, 2)  # (B, L, D)
         else:
             y = self.mixer(y, order, cu_seqlens=None if packing is None else packing.cu_seqlens)
-        x = x + gate * y
         if self.cross_attn is not None:
-            shift, scale, gate = cross
-            x = x + gate * self.cross_attn(modulate(self.cross_norm(x), shift, scale), context, context_mask)
-        return hidden_states + self.drop_path(x, packing)
+            shift, scale, cross_gate = cross
+            x, y = self.cross_norm(x, shift, scale, add=y, gate=gate)
+            y, gate = self.cross_attn(y, context, context_mask), cross_gate
+        return hidden_states + self.drop_path(x + gate * y, packing)
 
 
 class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
