@@ -17,7 +17,8 @@ def upcast(x: torch.Tensor) -> torch.Tensor:
 def product_dtype(x: torch.Tensor) -> torch.dtype | None:
     """Type that autocast gives to what a matrix product reads beside ``x``; None where it changes nothing."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    known = torch.amp.is_autocast_available(kind)  # not on the meta device
+    if x.dtype == torch.float64 or not known or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
