@@ -62,11 +62,13 @@ class MotionDenoising(Task):
         vae = getattr(pipeline, "vae", None)
         if vae is None or not hasattr(pipeline, "statistics"):
             raise ValueError(f"motion.vae={self.options.vae} is a {type(pipeline).__name__}; expected a motion VAE")
-        if pipeline.skeleton != self.dataset.skeleton:
+        if not pipeline.skeleton.makes_features_of(self.dataset.skeleton):
             raise ValueError(
                 f"the VAE of {folder} makes motions of skeleton {pipeline.skeleton.name!r}, the data have "
-                f"{self.dataset.skeleton.name!r}; use a VAE trained on this kind of data"
+                f"{self.dataset.skeleton.name!r}, or bones of other lengths; use a VAE trained on this kind of data"
             )
+        if pipeline.skeleton.bone_lengths is not None:
+            self.dataset.skeleton = pipeline.skeleton
         self.dataset.statistics = pipeline.statistics
         return vae.requires_grad_(False).eval()
 

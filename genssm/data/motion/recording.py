@@ -119,7 +119,7 @@ class Recording:
             joint_map: ours -> theirs for every joint, a name of :data:`JOINT_MAPS`, or None to find the one that fits.
             fps: frame rate of the result; None takes the skeleton's.
             scale: factor into the skeleton's unit; None makes the legs as long as those of the skeleton's body, which
-                is what features do anyway.
+                is what features do anyway, and leaves joints as they are for a skeleton without bone lengths.
             up: "y" or "z", the recording's vertical axis.
         Returns:
             (T, J, 3) float32.
@@ -136,7 +136,9 @@ class Recording:
         if up == "z":
             joints = torch.stack([joints[..., 0], joints[..., 2], -joints[..., 1]], -1)
         joints = resample(joints, self.fps, fps or skeleton.fps)
-        if scale is None:
+        if scale is None and skeleton.bone_lengths is None:
+            scale = 1.0
+        elif scale is None:
             legs = list(skeleton.legs)
             scale = float(skeleton.offsets(joints)[legs].abs().sum() / skeleton.lengths_of(joints[0])[legs].sum())
         return (joints * scale).float()
@@ -156,7 +158,9 @@ class Recording:
         columns = []
         for ours in skeleton.joint_names:
             if ours not in table:
-                raise ValueError(f"the joint map names nothing for {ours!r}")
+                raise ValueError(
+                    f"{self.source}: the joint map names nothing for {ours!r} of skeleton {skeleton.name!r}"
+                )
             theirs = table[ours]
             mixture = {theirs: 1.0} if isinstance(theirs, str) else theirs
             missing = [name for name in mixture if _plain(name) not in places]
