@@ -134,6 +134,6 @@ def test_a_failed_preparation_leaves_nothing(recordings: Path, tmp_path: Path) -
     broken = kit_clip()
     broken[7, 3] = torch.nan
     np.save(recordings / "walk_11.npy", broken.numpy())
-    with pytest.raises(ValueError, match="walk_11.*frame 7"):
+    with pytest.raises(ValueError, match=r"walk_11.*frame 7"):
         prepare(recordings, tmp_path / "out", skeleton=BODY, quiet=True)
     assert [path.name for path in tmp_path.iterdir()] == ["recordings"]
