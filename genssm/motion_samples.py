@@ -97,7 +97,11 @@ def read_frames(path: Path, skeleton: Skeleton, seconds: float, *, first: bool =
         joints = torch.from_numpy(np.load(path)).float()
     else:
         raise ValueError(f"{path}: frames are given as a .bvh file or joints as .npy")
-    features, frames = joints_to_clip_features(joints, skeleton), round(seconds * skeleton.fps)
+    try:
+        features = joints_to_clip_features(joints, skeleton)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    frames = round(seconds * skeleton.fps)
     if not 0 < frames <= len(features):
         raise ValueError(f"{path} has {len(features)} frames of features; {seconds:g} seconds are {frames}")
     return features[:frames] if first else features[-frames:]
@@ -107,7 +111,7 @@ def output_files(args: argparse.Namespace, count: int) -> list[Path]:
     """Files to write, whose folder is there.
 
     Raises:
-        ValueError: one file for several motions.
+        ValueError: one file for several motions, or a kind of file that cannot be written.
         FileExistsError: a file is there already.
     """
     if args.out.suffix.lower() in ENDINGS:
@@ -116,6 +120,8 @@ def output_files(args: argparse.Namespace, count: int) -> list[Path]:
                 f"--out {args.out} is one file and {count} motions are asked for; give a folder, or --long"
             )
         files = [args.out]
+    elif args.out.suffix and not args.out.is_dir():
+        raise ValueError(f"--out {args.out}: motion is written as {', '.join(ENDINGS)}, or give a folder")
     else:
         files = [args.out / f"{i:06d}.{args.format}" for i in range(count)]
     there = [path for path in files if path.exists()]
@@ -143,6 +149,9 @@ def main(arguments: Sequence[str]) -> None:
         names = pipe.config.class_names
         instead = f"name actions with --class-labels: {', '.join(names)}" if names else "leave out --prompt"
         raise ValueError(f"--prompt is given but the model of {folder} reads no text; {instead}")
+    if args.class_labels and not pipe.denoiser.config.num_classes:
+        reads = "reads text: give --prompt" if pipe.denoiser.config.context_dim else "has no actions"
+        raise ValueError(f"--class-labels is given but the model of {folder} {reads}")
     prompts = args.prompt or [""]
     asked = {"class_labels": args.class_labels} if args.class_labels else {}
     if pipe.denoiser.config.context_dim:

@@ -88,6 +88,11 @@ def test_a_motion_between_two_files(model: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(made[-5:, 0, 1], last[:, 3], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="more than the 8 of the motion"):
         draw(model, "--prompt", CAPTIONS[1], "--seconds", "0.4", *given, "--out", str(tmp_path / "short.npy"))
+    broken = np.load(tmp_path / "0.npy")
+    broken[3] = np.nan
+    np.save(tmp_path / "nan.npy", broken)
+    with pytest.raises(ValueError, match=r"nan\.npy: joints are not finite in frame 3"):
+        draw(model, "--prompt", "a", "--begin", str(tmp_path / "nan.npy"), "--out", str(tmp_path / "x.bvh"))
     with pytest.raises(ValueError, match="--end needs motions of one length"):
         draw(model, "--prompt", *CAPTIONS[:2], "--seconds", "1", "2", *given, "--out", str(tmp_path / "two"))
 
@@ -103,6 +108,8 @@ def test_a_prompt_for_a_model_without_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        (["--class-labels", "walk", "--out", "x.bvh"], ValueError, "reads text: give --prompt"),
+        (["--prompt", "a", "--out", "x.fbx"], ValueError, r"written as \.npy, \.bvh"),
         (["--prompt", "a", "--seconds", "-1", "--out", "x.bvh"], ValueError, "motion of -20 frames"),
         (["--prompt", "a", "--end-seconds", "1", "--out", "x.bvh"], SystemExit, "2"),
         (["--prompt", "a", "b", "--out", "x.bvh"], ValueError, "is one file and 2 motions"),
@@ -118,4 +125,4 @@ def test_what_is_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
         draw(model, *options)
-    assert not (tmp_path / "x.bvh").exists()
+    assert not list(tmp_path.iterdir())

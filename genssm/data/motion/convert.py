@@ -84,8 +84,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m genssm.data.motion.convert",
         description="Convert a motion: a recording (BVH, AMC with its ASF beside it, CMU exponential maps), joints or "
-        f"features as .npy, to {', '.join(ENDINGS)}. Joints are those of HumanML3D at 20 frames per second, or those of "
-        "KIT-ML where a .npy file holds them.",
+        f"features as .npy, to {', '.join(ENDINGS)}. Joints are those of HumanML3D at 20 frames per second, or "
+        "those of KIT-ML where a .npy file holds them.",
         epilog="examples: python -m genssm.data.motion.convert walk.bvh walk.gif; "
         "python -m genssm.data.motion.convert walk.bvh walk.npy --features",
     )
