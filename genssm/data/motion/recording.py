@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from genssm.motion import T2M, Skeleton
+from genssm.motion.kinematics import named_frames
 
 logger = logging.getLogger("genssm")
 
@@ -131,7 +132,7 @@ class Recording:
             raise ValueError(f"up is {up!r}; expected y or z")
         bad = (~self.positions.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         if bad:
-            raise ValueError(f"{self.source}: positions are not finite in frame {bad[0]} and {len(bad) - 1} more")
+            raise ValueError(f"{self.source}: positions are not finite in {named_frames(bad)}")
         joints = self._mapped(skeleton, joint_map)
         if up == "z":
             joints = torch.stack([joints[..., 0], joints[..., 2], -joints[..., 1]], -1)
