@@ -19,6 +19,7 @@ from genssm.data.motion.export import ENDINGS, save_motion
 from genssm.metrics.motion_distances import jerk
 from genssm.motion import Skeleton
 from genssm.pipelines import TextToMotionPipeline
+from genssm.pipelines.text_to_motion import PROMPT_SECONDS
 from genssm.schedulers import SCHEDULER_NAMES, swap_scheduler
 from genssm.training.checkpoint import resolve_pipeline
 
@@ -56,6 +57,8 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     what.add_argument("--transition-seconds", type=float, default=1.0, help="overlap of its segments (default: 1)")
     what.add_argument("--begin", type=Path, help="a .bvh, or joints as .npy, whose frames each motion begins with")
     what.add_argument("--begin-seconds", type=float, help="so much of the end of that file (default: 1)")
+    what.add_argument("--end", type=Path, help="a file as for --begin, whose frames each motion ends with")
+    what.add_argument("--end-seconds", type=float, help="so much of the beginning of that file (default: 1)")
     how = parser.add_argument_group("how to sample")
     how.add_argument("--num-inference-steps", type=int, default=50, help="steps of the scheduler (default: 50)")
     how.add_argument("--scheduler", choices=SCHEDULER_NAMES, help="another sampler than the model's own")
@@ -71,15 +74,16 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     machine.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
     machine.add_argument("--compile", action="store_true", help="compile the denoiser into one graph")
     args = parser.parse_args(arguments)
-    if args.begin_seconds is not None and args.begin is None:
-        parser.error("--begin-seconds needs --begin")
-    if args.long and (args.begin is not None or args.num_motions is not None):
-        parser.error("--long makes one motion from its prompts; leave out --begin and --num-motions")
+    for name in ("begin", "end"):
+        if getattr(args, f"{name}_seconds") is not None and getattr(args, name) is None:
+            parser.error(f"--{name}-seconds needs --{name}")
+    if args.long and (args.begin is not None or args.end is not None or args.num_motions is not None):
+        parser.error("--long makes one motion from its prompts; leave out --begin, --end and --num-motions")
     return args
 
 
-def read_frames(path: Path, skeleton: Skeleton, seconds: float) -> torch.Tensor:
-    """Features (T, F), not normalised, of the last seconds of a .bvh file, or of joints (T, J, 3) in a .npy file.
+def read_frames(path: Path, skeleton: Skeleton, seconds: float, *, first: bool = False) -> torch.Tensor:
+    """Features (T, F), not normalised, of the last (or first) seconds of a .bvh file, or of joints (T, J, 3) as .npy.
 
     Raises:
         FileNotFoundError: no such file.
@@ -92,18 +96,22 @@ def read_frames(path: Path, skeleton: Skeleton, seconds: float) -> torch.Tensor:
     elif path.suffix.lower() == ".npy":
         joints = torch.from_numpy(np.load(path)).float()
     else:
-        raise ValueError(f"{path}: a motion begins with a .bvh file or joints as .npy")
-    features, frames = joints_to_clip_features(joints, skeleton), round(seconds * skeleton.fps)
+        raise ValueError(f"{path}: frames are given as a .bvh file or joints as .npy")
+    try:
+        features = joints_to_clip_features(joints, skeleton)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    frames = round(seconds * skeleton.fps)
     if not 0 < frames <= len(features):
         raise ValueError(f"{path} has {len(features)} frames of features; {seconds:g} seconds are {frames}")
-    return features[-frames:]
+    return features[:frames] if first else features[-frames:]
 
 
 def output_files(args: argparse.Namespace, count: int) -> list[Path]:
     """Files to write, whose folder is there.
 
     Raises:
-        ValueError: one file for several motions.
+        ValueError: one file for several motions, or a kind of file that cannot be written.
         FileExistsError: a file is there already.
     """
     if args.out.suffix.lower() in ENDINGS:
@@ -112,6 +120,8 @@ def output_files(args: argparse.Namespace, count: int) -> list[Path]:
                 f"--out {args.out} is one file and {count} motions are asked for; give a folder, or --long"
             )
         files = [args.out]
+    elif args.out.suffix and not args.out.is_dir():
+        raise ValueError(f"--out {args.out}: motion is written as {', '.join(ENDINGS)}, or give a folder")
     else:
         files = [args.out / f"{i:06d}.{args.format}" for i in range(count)]
     there = [path for path in files if path.exists()]
@@ -135,6 +145,13 @@ def main(arguments: Sequence[str]) -> None:
     if args.compile:
         # One clip is a handful of tokens: what takes time is launching kernels, so all of them are one CUDA graph.
         pipe.denoiser.compile(mode="reduce-overhead", fullgraph=True)
+    if args.prompt and not pipe.denoiser.config.context_dim:
+        names = pipe.config.class_names
+        instead = f"name actions with --class-labels: {', '.join(names)}" if names else "leave out --prompt"
+        raise ValueError(f"--prompt is given but the model of {folder} reads no text; {instead}")
+    if args.class_labels and not pipe.denoiser.config.num_classes:
+        reads = "reads text: give --prompt" if pipe.denoiser.config.context_dim else "has no actions"
+        raise ValueError(f"--class-labels is given but the model of {folder} {reads}")
     prompts = args.prompt or [""]
     asked = {"class_labels": args.class_labels} if args.class_labels else {}
     if pipe.denoiser.config.context_dim:
@@ -153,7 +170,7 @@ def main(arguments: Sequence[str]) -> None:
         output = pipe.long(**asked, seconds=seconds, generator=generator, **call)
     else:
         generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
-        known = given_beginning(pipe, args, seconds)
+        known = given_frames(pipe, args, seconds)
         output = pipe(**asked, seconds=seconds, num_motions=args.num_motions, generator=generators, **known, **call)
     elapsed = time.perf_counter() - start
     titles = [" / ".join(named)] if args.long else [named[min(i, len(named) - 1)] for i in range(count)]
@@ -169,18 +186,26 @@ def main(arguments: Sequence[str]) -> None:
     print(f"files     {files[0]}" + (f" ... {files[-1].name}" if count > 1 else ""))
 
 
-def given_beginning(pipe: TextToMotionPipeline, args: argparse.Namespace, seconds: object) -> dict[str, torch.Tensor]:
-    """Arguments of the pipeline for ``--begin``: the given frames come first."""
-    if args.begin is None:
+def given_frames(pipe: TextToMotionPipeline, args: argparse.Namespace, seconds: object) -> dict[str, torch.Tensor]:
+    """Arguments of the pipeline for ``--begin`` and ``--end``: the given frames come first, and last."""
+    if args.begin is None and args.end is None:
         return {}
-    features = read_frames(args.begin, pipe.skeleton, 1.0 if args.begin_seconds is None else args.begin_seconds)
-    lengths = seconds if isinstance(seconds, list) else [6.0 if seconds is None else seconds]
-    frames = round(max(lengths) * pipe.skeleton.fps)
-    if len(features) > frames:
-        raise ValueError(f"--begin gives {len(features)} frames, more than the {frames} of the motion; raise --seconds")
-    known = torch.zeros(frames, features.shape[1])
-    known[: len(features)] = features
-    return {"known_features": known, "known_frames": torch.arange(frames) < len(features)}
+    lengths = seconds if isinstance(seconds, list) else [PROMPT_SECONDS if seconds is None else seconds]
+    if args.end is not None and len(set(lengths)) > 1:
+        raise ValueError(f"--end needs motions of one length, not --seconds {' '.join(f'{x:g}' for x in lengths)}")
+    skeleton, frames = pipe.skeleton, max(0, round(max(lengths) * pipe.skeleton.fps))
+    known, given = torch.zeros(frames, skeleton.feature_dim), torch.zeros(frames, dtype=torch.bool)
+    count = 0
+    for path, length, last in ((args.begin, args.begin_seconds, False), (args.end, args.end_seconds, True)):
+        if path is None:
+            continue
+        features = read_frames(path, skeleton, 1.0 if length is None else length, first=last)
+        count += len(features)
+        if count > frames:
+            raise ValueError(f"{count} frames are given, more than the {frames} of the motion; raise --seconds")
+        place = slice(frames - len(features), frames) if last else slice(len(features))
+        known[place], given[place] = features, True
+    return {"known_features": known, "known_frames": given}
 
 
 def describe_transition(joints: torch.Tensor, border: int, half_width: int = 10) -> str:

@@ -278,9 +278,10 @@ class TextToMotionPipeline(MotionConditions, DenoisingPipeline):
             fps = self.skeleton.fps
             bound = "any number" if longest is None else f"{longest} ({longest / fps:.1f} seconds)"
             asked = max(frames) if min(frames) > 0 else min(frames)
+            longer = "; for more, make one prompt follow the other: pipe.long, sample.py --long" if asked > 0 else ""
             raise ValueError(
                 f"a motion of {asked} frames ({fps:g} a second) is asked for; this pipeline makes 1 to {bound}, in "
-                "pipe.long with the transitions counted"
+                f"pipe.long with the transitions counted{longer}"
             )
 
     def _check_motion_call(

@@ -1,11 +1,11 @@
-"""benchmarks/models.py: every model beside a transformer of its size, and mistakes said before anything is timed."""
+"""Benchmarks of whole models: each beside a transformer of its size, and mistakes said before anything is timed."""
 
 import csv
 from pathlib import Path
 
 import pytest
 
-from benchmarks import models
+from benchmarks import models, motion_frames
 from genssm.kernels import benchmarking
 
 SMALL = ["--device", "cpu", "--width", "32", "--layers", "3", "--tokens", "16"]
@@ -37,3 +37,18 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mistakes(options: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         models.main([*SMALL, *options])
+
+
+def test_long_motions(tmp_path: Path) -> None:
+    """Two denoisers of one size, at each length."""
+    small = ["--device", "cpu", "--width", "32", "--layers", "3", "--steps", "1"]
+    motion_frames.main([*small, "--frames", "12", "30", "--csv", str(tmp_path / "frames.csv")])
+    table = list(csv.DictReader((tmp_path / "frames.csv").open()))
+    assert [(row["frames"], row["model"]) for row in table] == [
+        (frames, model) for frames in ("12", "30") for model in ("motion_mamba_frames", "attention")
+    ]
+    for row in table:
+        assert float(row["seconds"]) > 0 and row["parameters"] == table[0]["parameters"]
+        assert row["model"] != "attention" or row["x attention"] == "1.00"
+    with pytest.raises(ValueError, match="--frames must be 2"):
+        motion_frames.main([*small, "--frames", "1"])

@@ -9,7 +9,7 @@ import torch
 
 from genssm import motion_samples
 from genssm.data.motion.bvh import read_bvh
-from tests.pipelines.test_text_to_motion import CAPTIONS, frame_pipeline
+from tests.pipelines.test_text_to_motion import CAPTIONS, action_pipeline, frame_pipeline
 
 QUICK = ["--num-inference-steps", "2", "--device", "cpu"]
 
@@ -75,9 +75,43 @@ def test_a_motion_goes_on_from_a_file(model: Path, tmp_path: Path) -> None:
     assert not torch.allclose(made[10:, 0, 1], joints[10:, 0, 1], atol=1e-4)
 
 
+def test_a_motion_between_two_files(model: Path, tmp_path: Path) -> None:
+    for seed in ("0", "1"):
+        draw(model, "--prompt", CAPTIONS[0], "--seconds", "1", "--seed", seed, "--out", str(tmp_path / f"{seed}.npy"))
+    given = ["--begin", str(tmp_path / "0.npy"), "--begin-seconds", "0.25"]
+    given += ["--end", str(tmp_path / "1.npy"), "--end-seconds", "0.25"]
+    draw(model, "--prompt", CAPTIONS[1], "--seconds", "1", *given, "--out", str(tmp_path / "between.npy"))
+    made, skeleton = torch.from_numpy(np.load(tmp_path / "between.npy")), frame_pipeline().skeleton
+    first = motion_samples.read_frames(tmp_path / "0.npy", skeleton, 0.25)
+    last = motion_samples.read_frames(tmp_path / "1.npy", skeleton, 0.25, first=True)
+    torch.testing.assert_close(made[:5, 0, 1], first[:, 3], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made[-5:, 0, 1], last[:, 3], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="more than the 8 of the motion"):
+        draw(model, "--prompt", CAPTIONS[1], "--seconds", "0.4", *given, "--out", str(tmp_path / "short.npy"))
+    broken = np.load(tmp_path / "0.npy")
+    broken[3] = np.nan
+    np.save(tmp_path / "nan.npy", broken)
+    with pytest.raises(ValueError, match=r"nan\.npy: joints are not finite in frame 3"):
+        draw(model, "--prompt", "a", "--begin", str(tmp_path / "nan.npy"), "--out", str(tmp_path / "x.bvh"))
+    with pytest.raises(ValueError, match="--end needs motions of one length"):
+        draw(model, "--prompt", *CAPTIONS[:2], "--seconds", "1", "2", *given, "--out", str(tmp_path / "two"))
+
+
+def test_a_prompt_for_a_model_without_text(tmp_path: Path) -> None:
+    action_pipeline().save_pretrained(tmp_path / "actions")
+    with pytest.raises(ValueError, match="reads no text; name actions with --class-labels: walk, run, jump"):
+        draw(tmp_path / "actions", "--prompt", "a person walks", "--out", str(tmp_path / "x.bvh"))
+    draw(tmp_path / "actions", "--class-labels", "jump", "--seconds", "0.5", "--out", str(tmp_path / "x.bvh"))
+    assert (tmp_path / "x.bvh").is_file()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        (["--class-labels", "walk", "--out", "x.bvh"], ValueError, "reads text: give --prompt"),
+        (["--prompt", "a", "--out", "x.fbx"], ValueError, r"written as \.npy, \.bvh"),
+        (["--prompt", "a", "--seconds", "-1", "--out", "x.bvh"], ValueError, "motion of -20 frames"),
+        (["--prompt", "a", "--end-seconds", "1", "--out", "x.bvh"], SystemExit, "2"),
         (["--prompt", "a", "b", "--out", "x.bvh"], ValueError, "is one file and 2 motions"),
         (["--class-labels", "walk", "--prompt", "a", "--out", "x.bvh"], ValueError, "reads text"),
         (["--prompt", "a", "--begin", "missing.bvh", "--out", "x.bvh"], FileNotFoundError, "no motion at"),
@@ -91,4 +125,4 @@ def test_what_is_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
         draw(model, *options)
-    assert not (tmp_path / "x.bvh").exists()
+    assert not list(tmp_path.iterdir())

@@ -343,13 +343,17 @@ def main(arguments: list[str] | None = None) -> None:
     source: MotionSource | None = None
     if options.model:
         pipeline = load_pipeline(Path(options.model), device, getattr(torch, options.dtype))
+        longest, asked = pipeline.config.get("max_frames"), dataset.lengths.max_frames
+        if longest is not None and longest < asked:
+            raise ValueError(
+                f"{options.model} makes up to {longest} frames, the clips have up to {asked}; give "
+                f"--max-frames {longest} --longer window, and an evaluator trained with that"
+            )
         source = PipelineMotions(pipeline, options.model, options.batch_size, **call)
     elif options.samples:
         source = FileMotions(options.samples, dataset.skeleton)
     report: dict[str, Any] = {"data": options.data, "split": options.split, "clips": len(dataset), "sampling": call}
-    if options.evaluator or options.published:
-        report |= _metrics(options, dataset, source, device)
-    clips = draw_clips(dataset, options.seed, 0)
+    clips = draw_clips(dataset, options.seed, 0)  # what is over soon comes first: mistakes show before the metrics
     if options.long:
         report["long"] = long_motion(source, clips, options.long, seed=options.seed)
         print("between prompts: " + ", ".join(f"{name} {value:.4g}" for name, value in report["long"].items()))
@@ -357,6 +361,8 @@ def main(arguments: list[str] | None = None) -> None:
         report["aits"] = time_per_sentence(source, clips, options.aits, device, options.seed)
         report["aits"]["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         print("AITS {mean_s:.4f} s (median {median_s:.4f}, {sentences} sentences, {device})".format(**report["aits"]))
+    if options.evaluator or options.published:
+        report |= _metrics(options, dataset, source, device)
     if options.report:
         options.report.parent.mkdir(parents=True, exist_ok=True)
         options.report.write_text(json.dumps(report, indent=2), encoding="utf-8")
@@ -375,7 +381,7 @@ def load_pipeline(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
     from genssm.training.checkpoint import resolve_pipeline
 
     pipeline = DiffusionPipeline.from_pretrained(str(resolve_pipeline(path)), dtype=dtype).to(device)
-    if not hasattr(pipeline, "skeleton"):
+    if not (hasattr(pipeline, "skeleton") and hasattr(pipeline, "denoiser")):
         raise ValueError(f"{path} is a {type(pipeline).__name__}, which makes no motion")
     return pipeline
 

@@ -25,6 +25,7 @@ from genssm.layers.skip_transformer import (
 from genssm.paths import check_choice
 
 ARCHITECTURES = ("encoder_decoder", "all_encoder")
+INITIAL_LOG_VARIANCE = -4.0
 
 
 @dataclass
@@ -53,6 +54,14 @@ class MotionPosterior(BaseOutput):
         """KL divergence from the standard normal distribution of every latent number, (B, n, D)."""
         variance = self.std.square()
         return 0.5 * (variance + self.mean.square() - 1 - variance.log())
+
+    def noise_share(self) -> torch.Tensor:
+        """Share of the variance of latents, over two clips or more, that is the posterior's noise, (), 0 to 1.
+
+        No text or class can tell anything about that share: near 1, conditions hardly change a denoiser's loss.
+        """
+        noise = self.std.square().mean()
+        return noise / (noise + self.mean.var(0, correction=0).mean())
 
 
 @dataclass
@@ -86,7 +95,10 @@ class MotionVAE(ModelMixin, ConfigMixin):
         ff_size: inner width of the feed-forwards.
         arch: "encoder_decoder" (frames read the latents as a memory) or "all_encoder" (latents stand before the frames
             of one sequence).
-        mlp_dist: n tokens and one linear layer for mean and log variance, instead of 2 n tokens.
+        mlp_dist: n tokens and one linear layer for mean and log variance, instead of 2 n tokens. Tokens leave through
+            the encoder's last norm, so that their log variances spread around 0: for tens of thousands of steps latents
+            are mostly noise, which nothing that a denoiser reads can explain. The linear layer starts at a variance of
+            exp(-4); for short training, take it.
         pos_embed: "learned" or "sinusoidal" (with dropout).
         num_positions: longest sequence of latent tokens and frames together.
         activation: "gelu" or "relu".
@@ -127,6 +139,8 @@ class MotionVAE(ModelMixin, ConfigMixin):
         self.encoder_positions = SequencePositions(hidden_size, pos_embed, num_positions, dropout)
         self.encoder = SkipTransformer(num_layers, hidden_size, **layer)
         self.dist_layer = nn.Linear(hidden_size, 2 * hidden_size) if mlp_dist else None
+        if mlp_dist:
+            nn.init.constant_(self.dist_layer.bias[hidden_size:], INITIAL_LOG_VARIANCE)
         self.decoder_positions = SequencePositions(hidden_size, pos_embed, num_positions, dropout)
         self.decoder = SkipTransformer(num_layers, hidden_size, memory=arch == "encoder_decoder", **layer)
         self.proj_out = nn.Linear(hidden_size, in_channels)

@@ -5,6 +5,7 @@
 :class:`Skeleton`. All of them are +Y up.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -106,7 +107,8 @@ class Skeleton:
         """
         if self.bone_lengths is None:
             raise ValueError(
-                f"skeleton {self.name!r} ships no bone lengths; take them from a clip: skeleton.with_lengths_of(joints)"
+                f"skeleton {self.name!r} ships no bone lengths, which features are made with; take them from a clip of "
+                "your own: --lengths-from CLIP.npy or a data folder, skeleton.with_lengths_of(joints) in Python"
             )
         directions = self.rest_directions(like)
         return directions * directions.new_tensor(self.bone_lengths)[:, None]
@@ -123,6 +125,15 @@ class Skeleton:
     def with_lengths_of(self, joints: torch.Tensor) -> "Skeleton":
         """The same skeleton with the bone lengths of the first frame of a clip (T, J, 3) as its target body."""
         return replace(self, bone_lengths=tuple(float(length) for length in self.lengths_of(joints[0])))
+
+    def makes_features_of(self, other: "Skeleton") -> bool:
+        """Whether features of ``other`` mean the same; bone lengths that one of the two does not know are not asked."""
+        if replace(self, bone_lengths=None) != replace(other, bone_lengths=None):
+            return False
+        if self.bone_lengths is None or other.bone_lengths is None:
+            return True
+        pairs = zip(self.bone_lengths, other.bone_lengths)
+        return all(math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6) for a, b in pairs)
 
     def mirrored_joints(self) -> list[int]:
         """For each joint the one on the other side, by the names' "left" and "right"; the middle maps to itself."""

@@ -1,5 +1,6 @@
 """Denoisers of human motion: in the latents of a motion VAE or on frames, with texts, actions or nothing."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from genssm.training.seeding import seed_globals
 from genssm.training.start import saved_component, start_from
 from genssm.values import check_arguments
 
+logger = logging.getLogger("genssm")
+CLIPS_ENCODED, NOISY = 32, 0.4
+
 
 class MotionDenoising(Task):
     """Diffusion or flow matching of motion, on the objectives of :mod:`genssm.training.objectives`.
@@ -41,6 +45,7 @@ class MotionDenoising(Task):
         self.dataset = open_motion(config)
         self.objective = build_objective(config.objective)
         self.vae = self._load_vae().to(device) if self.options.vae else None
+        self.latent_noise = self._latent_noise() if self.options.vae else 0.0
         self.denoiser = self.build_model()
         self.reads_text = bool(self.denoiser.config.context_dim)
         self.learned = self.reads_text and config.text.encoder == LEARNED
@@ -62,13 +67,29 @@ class MotionDenoising(Task):
         vae = getattr(pipeline, "vae", None)
         if vae is None or not hasattr(pipeline, "statistics"):
             raise ValueError(f"motion.vae={self.options.vae} is a {type(pipeline).__name__}; expected a motion VAE")
-        if pipeline.skeleton != self.dataset.skeleton:
+        if not pipeline.skeleton.makes_features_of(self.dataset.skeleton):
             raise ValueError(
                 f"the VAE of {folder} makes motions of skeleton {pipeline.skeleton.name!r}, the data have "
-                f"{self.dataset.skeleton.name!r}; use a VAE trained on this kind of data"
+                f"{self.dataset.skeleton.name!r}, or bones of other lengths; use a VAE trained on this kind of data"
             )
+        if pipeline.skeleton.bone_lengths is not None:
+            self.dataset.skeleton = pipeline.skeleton
         self.dataset.statistics = pipeline.statistics
         return vae.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def _latent_noise(self) -> float:
+        """Share of noise in the latents, from some clips; most of them noise is worth a warning."""
+        items = [self.dataset[i] for i in shown_clips(self.dataset, CLIPS_ENCODED)]
+        motion = torch.stack([item["motion"] for item in items]).to(self.device)
+        share = float(self.vae.encode(motion, [item["length"] for item in items]).noise_share())
+        if share > NOISY:
+            logger.warning(
+                "%.0f %% of the latents of %s is noise of the VAE's posterior; texts and actions will hardly act. "
+                "Train the VAE longer, with a higher train.learning_rate or with model.args.mlp_dist=true",
+                100 * share, self.options.vae,
+            )  # fmt: skip
+        return share
 
     def _build_text(self) -> tuple[Any, nn.Module | None]:
         """Tokenizer and encoder of captions, or None twice."""
@@ -243,7 +264,7 @@ class MotionDenoising(Task):
     def describe(self) -> dict[str, str]:
         shape = " x ".join(map(str, self.item_shape))
         what = (
-            f"latents of {shape}"
+            f"latents of {shape}, {self.latent_noise:.0%} noise"
             if self.vae is not None
             else f"up to {self.item_shape[0]} frames of {self.item_shape[1]}"
         )

@@ -24,6 +24,7 @@ class MotionReconstruction(Task):
         super().__init__(config, device)
         self.dataset = open_motion(config)
         self.model = self.build_model()
+        self.measured: Tensors = {}
         frames, dim = self.dataset.item_shape
         if self.model.config.in_channels != dim:
             raise ValueError(
@@ -46,7 +47,12 @@ class MotionReconstruction(Task):
         losses = motion_vae_losses(
             motion, output, self._joints, kl_weight=options.kl_weight, joints_weight=options.joints_weight, mask=mask
         )
+        self.measured = {name: losses[name].detach().mean() for name in ("feature", "joints", "kl")}
+        self.measured["latent_noise"] = output.posterior.noise_share().detach()
         return losses["total"]  # (B,)
+
+    def numbers_to_log(self) -> dict[str, float]:
+        return {name: float(value) for name, value in self.measured.items()}
 
     def _joints(self, features: torch.Tensor) -> torch.Tensor:
         """Normalised features (B, T, F) to joints (B, T, J, 3) in metres."""

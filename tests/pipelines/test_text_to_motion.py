@@ -59,6 +59,18 @@ def frame_pipeline(scheduler=None, **options) -> TextToMotionPipeline:
     return pipe
 
 
+def action_pipeline() -> TextToMotionPipeline:
+    torch.manual_seed(0)
+    denoiser = randomise(
+        MotionMambaFrames(hidden_size=16, num_layers=3, d_state=4, channel_group=0, context_dim=0, num_classes=3)
+    ).eval()
+    pipe = TextToMotionPipeline(
+        denoiser, DDIMScheduler(**DIFFUSION), **statistics(), class_names=["walk", "run", "jump"]
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 PIPELINES = {"latent": latent_pipeline, "frame": frame_pipeline}
 
 
@@ -217,14 +229,7 @@ def test_windows_cover_everything_once() -> None:
 
 
 def test_action_labels() -> None:
-    torch.manual_seed(0)
-    denoiser = randomise(
-        MotionMambaFrames(hidden_size=16, num_layers=3, d_state=4, channel_group=0, context_dim=0, num_classes=3)
-    ).eval()
-    pipe = TextToMotionPipeline(
-        denoiser, DDIMScheduler(**DIFFUSION), **statistics(), class_names=["walk", "run", "jump"]
-    )
-    pipe.set_progress_bar_config(disable=True)
+    pipe = action_pipeline()
     call = {"num_inference_steps": 2, "guidance_scale": 3.0, "num_frames": 6}
     motions = pipe(class_labels=["walk", "jump"], generator=seeds(0, 0), **call).motions
     assert not torch.allclose(*motions, atol=1e-4)

@@ -1,5 +1,6 @@
 """Training on motion: the debug runs learn, resume exactly and draw; options of KMM; what does not fit is refused."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import train
 from genssm.config import load_config
 from genssm.data.motion.synthetic import ACTIONS, synthetic_dataset
 from genssm.models.motion_alignment import MotionAlignment, contrastive_loss
+from genssm.models.motion_vae import MotionPosterior
 from genssm.pipelines import MotionReconstructionPipeline, TextToMotionPipeline
 from genssm.tasks import build_task
 from genssm.training.checkpoint import resolve_pipeline
@@ -76,6 +78,47 @@ def test_denoiser_in_latents_learns_from_captions(latent: Path) -> None:
     assert similarity.shape == (2, 1) and similarity.abs().max() <= 1 + 1e-5
     card = (resolve_pipeline(latent) / "README.md").read_text()
     assert "latents of the VAE saved here" in card
+
+
+def test_text_acts_on_the_loss(vae: Path) -> None:
+    """Right captions explain latents, others do not; without latents of little noise neither would (next test)."""
+    own = task("motion_mamba", f"motion.vae={vae}")
+    assert own.latent_noise < 0.2 and "% noise" in own.describe()["input"]
+    optimizer = torch.optim.AdamW(own.model.parameters(), 4e-3)
+    count = len(own.dataset)
+
+    def losses(key: int, shift: int = 0, dropped: float | None = None) -> torch.Tensor:
+        batch = torch.utils.data.default_collate([own.dataset.item(i, 100 * key + i) for i in range(count)])
+        batch["text"] = [*batch["text"][shift:], *batch["text"][:shift]]
+        numbers = own.random_numbers(count, torch.Generator().manual_seed(key))
+        if dropped is not None:
+            numbers["dropout"] = torch.full((count,), dropped)
+        return own.loss(own.model, batch, numbers)
+
+    for step in range(30):
+        losses(step).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    own.model.eval()
+    with torch.no_grad():
+        right, wrong = (
+            torch.stack([losses(1000 + key, shift, dropped=1.0) for key in range(3)]).mean() for shift in (0, 24)
+        )
+    assert right < 0.95 * wrong, (right, wrong)
+
+
+def test_latents_of_noise_are_noticed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published form of the posterior, trained for a moment: its log variances leave through a norm."""
+    short = ("train.max_train_steps=2", "train.checkpointing_steps=2", "log.sample_every=0")
+    folder = run("motion_vae", tmp_path / "run", *short, "model.args.mlp_dist=false")
+    assert metrics(folder)[-1]["latent_noise"] > 0.4
+    monkeypatch.setattr(logging.getLogger("genssm"), "propagate", True)
+    own = task("motion_mamba", f"motion.vae={folder}")
+    assert own.latent_noise > 0.4 and "mlp_dist" in caplog.text
+    share = MotionPosterior(mean=torch.tensor([[0.0], [2.0]])[..., None], std=torch.ones(2, 1, 1)).noise_share()
+    assert float(share) == pytest.approx(0.5)
 
 
 def test_resumes_exactly(vae: Path, latent: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import logging
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -24,7 +24,7 @@ from genssm.data.motion.bvh import read_bvh
 from genssm.data.motion.clips import Caption, Clip, TimedCaption, cut_clips, finite_clips, read_captions
 from genssm.data.motion.expmap import read_expmap
 from genssm.data.motion.recording import JointMap, Recording
-from genssm.motion import T2M, FeatureStatistics, Skeleton, skeleton_of_features
+from genssm.motion import T2M, FeatureStatistics, Skeleton, features_to_joints, skeleton_of_features
 
 logger = logging.getLogger("genssm")
 # Where the published data sets lie below the folder that a user names.
@@ -97,7 +97,60 @@ def open_published(path: str | Path, split: str) -> MotionFolder:
     if not clips:
         raise FileNotFoundError(f"none of the {len(ids)} clips of {root / split}.txt is in {root / 'new_joint_vecs'}")
     names = class_names(classes.values()) if all(clip.label is not None for clip in clips) else ()
-    return MotionFolder(finite_clips(clips), skeleton, statistics, names)
+    clips = finite_clips(clips)
+    if skeleton.bone_lengths is None and clips:  # KIT-ML: every clip is of the target body
+        skeleton = skeleton.with_lengths_of(features_to_joints(clips[0].features[:1], skeleton))
+    return MotionFolder(clips, skeleton, statistics, names)
+
+
+def with_lengths_from(skeleton: Skeleton, source: str | Path) -> Skeleton:
+    """The skeleton with the body of a user's clip as the target body of its features.
+
+    Published features are of one target body each; that of KIT-ML is not shipped, but every clip of it has its bones.
+
+    Args:
+        skeleton: of the clip.
+        source: joints (T, J, 3) or features (T, dim, not normalised) as .npy, whose first frame is taken; a
+            ``skeleton.json`` that ``prepare`` wrote; or a folder: a motion data set, or .npy files, the first by name.
+    Raises:
+        FileNotFoundError: no such file, or no clip in the folder.
+        ValueError: a clip of another skeleton, values that are not finite, or a bone without length.
+    """
+    path = _body_in(Path(source)) if Path(source).is_dir() else Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"no clip or folder at {path} to take bone lengths from")
+    if path.suffix == ".json":
+        lengths = Skeleton.from_config(json.loads(path.read_text(encoding="utf-8"))).bone_lengths
+        if lengths is None or len(lengths) != skeleton.num_joints:
+            raise ValueError(f"{path} holds no bone lengths of the {skeleton.num_joints} joints of {skeleton.name!r}")
+        return replace(skeleton, bone_lengths=lengths)
+    if path.suffix != ".npy":
+        raise ValueError(f"{path}: bone lengths come from joints or features as .npy, a skeleton.json, or a folder")
+    clip = torch.from_numpy(np.load(path).astype(np.float64))
+    shapes = {2: (skeleton.feature_dim,), 3: (skeleton.num_joints, 3)}
+    if clip.shape[1:] != shapes.get(clip.ndim) or len(clip) == 0:
+        raise ValueError(
+            f"{path} has shape {tuple(clip.shape)}; skeleton {skeleton.name!r} has joints "
+            f"(T, {skeleton.num_joints}, 3) and features (T, {skeleton.feature_dim})"
+        )
+    joints = features_to_joints(clip[:1], skeleton) if clip.ndim == 2 else clip
+    lengths = skeleton.lengths_of(joints[0])
+    if not lengths.isfinite().all() or lengths[1:].min() <= 0:
+        joint = skeleton.joint_names[1 + int(lengths[1:].nan_to_num(0.0, 0.0).argmin())]
+        raise ValueError(f"{path}: the bone to {joint!r} has no length in frame 0; take another clip")
+    return skeleton.with_lengths_of(joints)
+
+
+def _body_in(folder: Path) -> Path:
+    """The file of a folder that shows the target body."""
+    root = find_published(folder) or folder
+    if (root / "skeleton.json").is_file():
+        return root / "skeleton.json"
+    for place in (root / "new_joints", root / "new_joint_vecs", root):
+        clips = sorted(place.glob("*.npy"))
+        if clips:
+            return clips[0]
+    raise FileNotFoundError(f"{folder} holds no clip (.npy) to take bone lengths from")
 
 
 def _published_clips(root: Path, ids: list[str], dim: int, classes: Mapping[str, str]) -> Iterator[Clip]:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ from tqdm import tqdm
 
 from genssm.data.motion.clips import joints_to_clip_features, mirror_joints, placed_joints
 from genssm.data.motion.convert import add_reading_options, load_joint_map
-from genssm.data.motion.folders import Described, describe_recordings
+from genssm.data.motion.folders import Described, describe_recordings, with_lengths_from
 from genssm.data.motion.recording import JointMap
 from genssm.errors import cli
-from genssm.motion import T2M, Skeleton, feature_statistics
+from genssm.motion import SKELETONS, T2M, Skeleton, feature_statistics
 
 logger = logging.getLogger("genssm")
 
@@ -35,7 +36,7 @@ def prepare(
     Args:
         source: see :func:`genssm.data.motion.folders.describe_recordings`.
         out: folder to make.
-        skeleton: of the features.
+        skeleton: of the features; one with bone lengths, see :func:`genssm.data.motion.folders.with_lengths_from`.
         mirror: also write the mirror images, as ``M<id>``.
         joint_map, up: see :meth:`genssm.data.motion.recording.Recording.to_joints`.
         fps: frame rate of joints in .npy files; None takes the skeleton's.
@@ -44,18 +45,31 @@ def prepare(
         The number of clips written.
     Raises:
         FileExistsError: ``out`` is there already.
-        FileNotFoundError, ValueError: a recording is missing or cannot be read; the message names it.
+        FileNotFoundError, ValueError: a recording is missing or cannot be read; the message names it. Nothing is left
+            of the folder then.
     """
-    out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; give another folder or remove it")
+    final = Path(out)
+    if final.exists():
+        raise FileExistsError(f"{final} exists already; give another folder or remove it")
+    skeleton.offsets()  # a skeleton without bone lengths makes no features
     recordings = describe_recordings(source)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{final.name}_", dir=final.parent) as folder:
+        out = Path(folder) / final.name  # complete, or not there at all
+        count = _write(recordings, out, skeleton, mirror, quiet, joint_map=joint_map, fps=fps, up=up)
+        out.rename(final)
+    return count
+
+
+def _write(
+    recordings: list[Described], out: Path, skeleton: Skeleton, mirror: bool, quiet: bool, **reading: object
+) -> int:
     for name in ("new_joints", "new_joint_vecs", "texts"):
         (out / name).mkdir(parents=True)
     splits: dict[str, list[str]] = {"train": [], "val": [], "test": [], "train_val": [], "all": []}
     labels, training = {}, []
     for recording in tqdm(recordings, desc="recordings", unit="clip", disable=quiet):
-        joints = recording.joints(skeleton, joint_map=joint_map, fps=fps, up=up)
+        joints = recording.joints(skeleton, **reading)
         for name, clip in (("", joints), ("M", mirror_joints(joints, skeleton)))[: 2 if mirror else 1]:
             number = f"{name}{recording.name}"
             features = _write_clip(out, number, clip, skeleton, recording, mirrored=bool(name))
@@ -100,17 +114,25 @@ def main(arguments: list[str] | None = None) -> None:
         "of .tar archives) to a data set in HumanML3D's layout. Captions, classes and splits come from a CSV file in "
         "the folder with the columns path, captions (divided by ' | '), action and split; or from NAME.txt beside a "
         "recording; or from the files' names.",
-        epilog="example: python -m genssm.data.motion.prepare mocap/cmu data/cmu --mirror",
+        epilog="examples: python -m genssm.data.motion.prepare mocap/cmu data/cmu --mirror; "
+        "python -m genssm.data.motion.prepare my_joints data/mine --skeleton kit --lengths-from KIT-ML",
     )
     parser.add_argument("source", help="folder of recordings")
     parser.add_argument("out", help="folder to make")
     parser.add_argument("--mirror", action="store_true", help="also write mirror images, with left and right exchanged")
+    parser.add_argument(
+        "--skeleton", choices=list(SKELETONS), default="t2m", help="of the features (default: %(default)s, HumanML3D's)"
+    )
     add_reading_options(parser)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    skeleton = SKELETONS[args.skeleton]
+    if args.lengths_from:
+        skeleton = with_lengths_from(skeleton, args.lengths_from)
     count = prepare(
-        args.source, args.out, mirror=args.mirror, joint_map=load_joint_map(args.joint_map), fps=args.fps, up=args.up
-    )
+        args.source, args.out, skeleton=skeleton, mirror=args.mirror, joint_map=load_joint_map(args.joint_map),
+        fps=args.fps, up=args.up,
+    )  # fmt: skip
     print(f"{count} clips in {args.out}")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from genssm.motion import T2M, Skeleton
+from genssm.motion.kinematics import named_frames
 
 logger = logging.getLogger("genssm")
 
@@ -119,7 +120,7 @@ class Recording:
             joint_map: ours -> theirs for every joint, a name of :data:`JOINT_MAPS`, or None to find the one that fits.
             fps: frame rate of the result; None takes the skeleton's.
             scale: factor into the skeleton's unit; None makes the legs as long as those of the skeleton's body, which
-                is what features do anyway.
+                is what features do anyway, and leaves joints as they are for a skeleton without bone lengths.
             up: "y" or "z", the recording's vertical axis.
         Returns:
             (T, J, 3) float32.
@@ -131,12 +132,14 @@ class Recording:
             raise ValueError(f"up is {up!r}; expected y or z")
         bad = (~self.positions.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         if bad:
-            raise ValueError(f"{self.source}: positions are not finite in frame {bad[0]} and {len(bad) - 1} more")
+            raise ValueError(f"{self.source}: positions are not finite in {named_frames(bad)}")
         joints = self._mapped(skeleton, joint_map)
         if up == "z":
             joints = torch.stack([joints[..., 0], joints[..., 2], -joints[..., 1]], -1)
         joints = resample(joints, self.fps, fps or skeleton.fps)
-        if scale is None:
+        if scale is None and skeleton.bone_lengths is None:
+            scale = 1.0
+        elif scale is None:
             legs = list(skeleton.legs)
             scale = float(skeleton.offsets(joints)[legs].abs().sum() / skeleton.lengths_of(joints[0])[legs].sum())
         return (joints * scale).float()
@@ -156,7 +159,9 @@ class Recording:
         columns = []
         for ours in skeleton.joint_names:
             if ours not in table:
-                raise ValueError(f"the joint map names nothing for {ours!r}")
+                raise ValueError(
+                    f"{self.source}: the joint map names nothing for {ours!r} of skeleton {skeleton.name!r}"
+                )
             theirs = table[ours]
             mixture = {theirs: 1.0} if isinstance(theirs, str) else theirs
             missing = [name for name in mixture if _plain(name) not in places]

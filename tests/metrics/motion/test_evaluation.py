@@ -18,6 +18,7 @@ from genssm.motion import T2M, features_to_joints
 from genssm.pipelines import ClassConditionalImagePipeline
 from genssm.schedulers import FlowODEScheduler
 from tests.metrics.motion.conftest import SMALL, make_dataset
+from tests.pipelines.test_text_to_motion import frame_pipeline
 
 OWN = EvaluatorInfo("own", False, "hashed", "made")
 QUICK = Protocol(repetitions=2, diversity_pairs=20)
@@ -196,6 +197,12 @@ def test_command_line(clips_of_motion: MotionDataset, evaluation: Evaluation, tm
         main(arguments)
     with pytest.raises(ValueError, match="nothing to do"):
         main(["--data", str(data)])
+    frame_pipeline(max_frames=48).save_pretrained(tmp_path / "short")
+    short = ["--data", str(data), "--model", str(tmp_path / "short"), "--aits", "1", "--num-inference-steps", "2"]
+    with pytest.raises(ValueError, match=r"makes up to 48 frames.*--max-frames 48"):
+        main([*short, "--device", "cpu"])
+    main([*short, "--device", "cpu", "--max-frames", "48", "--longer", "window"])
+    assert "AITS" in capsys.readouterr().out
 
 
 def test_files_that_do_not_fit(clips_of_motion: MotionDataset, tmp_path: Path) -> None:
