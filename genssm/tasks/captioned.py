@@ -1,6 +1,6 @@
 """Training under captions, whatever is drawn: a text encoder that is trained along, frozen, or run once beforehand."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,20 @@ from genssm.values import check_arguments
 
 LEARNED = "learned"
 DEFAULT_LENGTH = 32
+
+
+def caption_tokenizer(config: RunConfig, captions: Iterable[str]) -> CaptionTokenizer:
+    """The tokenizer of the run that goes on, or of the one that this run starts from, or a new one of ``captions``.
+
+    The weights of a text encoder mean something with their own tokenizer alone.
+    """
+    train, text = config.train, config.text
+    newest = latest_checkpoint(train.output_dir)
+    source = newest / "pipeline" if newest else resolve_pipeline(train.init_from) if train.init_from else None
+    if source is not None and (source / "tokenizer").is_dir():
+        return CaptionTokenizer.from_pretrained(source / "tokenizer")
+    length = DEFAULT_LENGTH if text.max_length is None else text.max_length
+    return CaptionTokenizer.learn(captions, text.vocab_size, length)
 
 
 class TextDenoiser(nn.Module):
@@ -123,22 +137,11 @@ class Captioned:
             if found != width:
                 raise ValueError(f"{text.encoder} has states of width {found}; set model.args.context_dim to it")
             return denoiser
-        self.tokenizer = self._tokenizer()
+        self.tokenizer = caption_tokenizer(self.config, (text for texts in self.dataset.captions for text in texts))
         sizes = {"vocab_size": len(self.tokenizer), "max_length": self.tokenizer.model_max_length, "hidden_size": width}
         arguments = check_arguments(TextEncoder, {**text.args, **sizes}, "text.args")
         self.text_encoder = TextEncoder(**arguments)
         return TextDenoiser(denoiser, self.text_encoder)
-
-    def _tokenizer(self) -> CaptionTokenizer:
-        """The tokenizer of the run that goes on, or of the one that this run starts from, or a new one."""
-        train, text = self.config.train, self.config.text
-        newest = latest_checkpoint(train.output_dir)
-        source = newest / "pipeline" if newest else resolve_pipeline(train.init_from) if train.init_from else None
-        if source is not None and (source / "tokenizer").is_dir():
-            return CaptionTokenizer.from_pretrained(source / "tokenizer")
-        captions = (caption for texts in self.dataset.captions for caption in texts)
-        length = DEFAULT_LENGTH if text.max_length is None else text.max_length
-        return CaptionTokenizer.learn(captions, text.vocab_size, length)
 
     def start_from(self, path: str | Path) -> None:
         start_from(self.denoiser, path, self.component)

@@ -10,12 +10,12 @@ from PIL import Image
 from torch import nn
 
 from genssm.config import RunConfig, TextConfig
-from genssm.models import CaptionTokenizer, MotionAlignment, TextEncoder
+from genssm.models import MotionAlignment, TextEncoder
 from genssm.models.motion_alignment import contrastive_loss
 from genssm.pipelines import TextToMotionPipeline
 from genssm.pipelines.motion_conditions import encode_motion_text, load_motion_text
 from genssm.tasks.base import Card, Task, Tensors
-from genssm.tasks.captioned import DEFAULT_LENGTH, LEARNED, check_text_options
+from genssm.tasks.captioned import LEARNED, caption_tokenizer, check_text_options
 from genssm.tasks.captioned_motion import CaptionedMotion
 from genssm.tasks.motion_data import open_motion, row_of_frames, shown_clips, skeleton_config
 from genssm.text import tokenize
@@ -105,10 +105,9 @@ class MotionDenoising(Task):
             tokenizer, encoder = load_motion_text(text.encoder, text.max_length, self.options.text_states)
             return tokenizer, encoder.to(self.device)
         captions = [caption.text for clip in self.dataset.clips for caption in clip.captions]
-        length = DEFAULT_LENGTH if text.max_length is None else text.max_length
-        tokenizer = CaptionTokenizer.learn(captions, text.vocab_size, length)
+        tokenizer, width = caption_tokenizer(self.config, captions), self.denoiser.config.context_dim
         seed_globals(self.config.train.seed, "init", "text")
-        sizes = {"vocab_size": len(tokenizer), "max_length": length, "hidden_size": self.denoiser.config.context_dim}
+        sizes = {"vocab_size": len(tokenizer), "max_length": tokenizer.model_max_length, "hidden_size": width}
         return tokenizer, TextEncoder(**check_arguments(TextEncoder, {**text.args, **sizes}, "text.args"))
 
     def _tokenize(self) -> tuple[dict[str, int], tuple[torch.Tensor, torch.Tensor]]:
@@ -322,15 +321,6 @@ class MotionDenoising(Task):
 
     def columns(self, count: int) -> int:
         return 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"tokenizer": self.tokenizer.backend.to_str()} if self.learned else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if not self.learned:
-            super().load_state_dict(state)
-        elif state.get("tokenizer") != self.tokenizer.backend.to_str():
-            raise ValueError("the checkpoint was trained on other captions: their tokenizer is another one")
 
     def start_from(self, path: str | Path) -> None:
         start_from(self.denoiser, path)

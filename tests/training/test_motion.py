@@ -130,6 +130,17 @@ def test_resumes_exactly(vae: Path, latent: Path, tmp_path: Path) -> None:
     assert largest_difference(weights(latent, 40, average), weights(folder, 40, average)) == 0
 
 
+def test_a_run_that_starts_from_another_keeps_its_tokenizer(vae: Path, latent: Path) -> None:
+    """Captions of other words must not change what a token number means to the encoder that is taken over."""
+    options = (f"motion.vae={vae}", "motion.contrastive_weight=0.5", "text.vocab_size=290")
+    own = task("motion_mamba", f"train.init_from={latent}", *options)
+    before = DiffusionPipeline.from_pretrained(resolve_pipeline(latent))
+    assert own.tokenizer.backend.to_str() == before.tokenizer.backend.to_str()
+    own.start_from(latent)
+    for a, b in zip(before.text_encoder.parameters(), own.text_encoder.parameters()):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("options", [(), ("motion.key_frame_ratio=0.3",)], ids=["plain", "key frames"])
 def test_denoiser_of_frames_learns(options: tuple[str, ...], tmp_path: Path) -> None:
     small = ("train.train_batch_size=8", "train.learning_rate=4e-3", "train.max_train_steps=30")
