@@ -1,0 +1,173 @@
+"""Every pipeline with its networks on a GPU and its generators on the CPU, by tensors that pretend (no GPU needed)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+
+from genssm.pipelines import ClassConditionalImagePipeline, ReconstructionPipeline
+from genssm.schedulers import swap_scheduler
+from genssm.training.objectives import DiffusionObjective, FlowObjective
+from tests.models.test_vq import make_tokenizer
+from tests.pipelines import (
+    test_autoregressive_image,
+    test_masked_image,
+    test_text_to_image,
+    test_text_to_motion,
+    test_upsampling,
+    test_video,
+)
+from tests.pipelines.conftest import make_denoiser
+from tests.pretend_cuda import CUDA, PretendCuda, PretendTensor
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
+IMAGE = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0))
+MASK = (torch.arange(64).view(1, 8, 8) < 32).float()
+STEPS = {"num_inference_steps": 3}
+GUIDED = {**STEPS, "guidance_scale": 2.0}
+KNOWN = {"known_features": torch.zeros(12, test_text_to_motion.DIM), "known_frames": torch.arange(12) < 3}
+
+
+def seeds(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(i) for i in range(count)]
+
+
+def classes(scheduler: str = "euler", objective: Any = FlowObjective, **parts: Any) -> ClassConditionalImagePipeline:
+    sizes = {"in_channels": 4, "sample_size": 4} if parts else {}
+    pipe = ClassConditionalImagePipeline(make_denoiser(**sizes), objective().scheduler(), **parts)
+    pipe.scheduler = swap_scheduler(pipe.scheduler, scheduler)
+    return pipe
+
+
+CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "classes": (classes, lambda pipe: pipe([0, 1], generator=seeds(2), output_type="np", **GUIDED)),
+    "guidance": (
+        classes,
+        lambda pipe: pipe([0, 1], guidance_rescale=0.5, guidance_interval=(0.2, 0.8), guidance_power=2.0,
+                          generator=seeds(1)[0], output_type="pt", **GUIDED),
+    ),
+    "inpainting": (
+        classes,
+        lambda pipe: pipe([0, 1], image=IMAGE, mask_image=MASK, generator=seeds(2), output_type="pt", **STEPS),
+    ),
+    "callback": (
+        classes,
+        lambda pipe: pipe([0], generator=seeds(1), output_type="pt", **STEPS,
+                          callback_on_step_end=lambda pipe, i, t, given: {"latents": 0.9 * given["latents"]}),
+    ),
+    "ode": (classes, lambda pipe: pipe([0, 1], ode_solver="dopri5", generator=seeds(2), output_type="pt", **GUIDED)),
+    "sde": (lambda: classes("sde"), lambda pipe: pipe([0, 1], generator=seeds(2), output_type="pt", **STEPS)),
+    "unipc": (lambda: classes("unipc"), lambda pipe: pipe([0, 1], generator=seeds(2), output_type="pt", **STEPS)),
+    "ddpm": (
+        lambda: classes("ddpm", DiffusionObjective),
+        lambda pipe: pipe([0, 1], generator=seeds(2), output_type="pt", **STEPS),
+    ),
+    "single step": (
+        lambda: classes("dpmsolver++-continuous", DiffusionObjective),
+        lambda pipe: pipe([0, 1], image=IMAGE, generator=seeds(2), output_type="pt", num_inference_steps=6),
+    ),
+    "text": (
+        test_text_to_image.make_pipe,
+        lambda pipe: pipe(["a circle", "a red circle"], negative_prompt="a blue square", num_images_per_prompt=2,
+                          generator=seeds(4), output_type="pt", **GUIDED),
+    ),
+    "text in DiM": (
+        lambda: test_text_to_image.make_pipe("dim_prefix"),
+        lambda pipe: pipe(["a circle", ""], generator=seeds(2), output_type="pt", **GUIDED),
+    ),
+    "text in DiMSUM": (
+        lambda: test_text_to_image.make_pipe("dimsum"),
+        lambda pipe: pipe(prompt_embeds=torch.ones(2, 3, 16), generator=seeds(2), output_type="pt", **GUIDED),
+    ),
+    "video": (test_video.make_pipe, lambda pipe: pipe([0, 1], generator=seeds(2), output_type="pt", **GUIDED)),
+    "upsampling": (
+        lambda: test_upsampling.build(DDIMScheduler(**test_upsampling.SCHEDULE)),
+        lambda pipe: pipe([0, 1], skip_tuning="time", generator=seeds(2), output_type="pt", **STEPS),
+    ),
+    "codes": (
+        test_autoregressive_image.make_pipe,
+        lambda pipe: pipe([0, 1], codes=torch.ones(2, 4, dtype=torch.int64), guidance_scale=2.0, top_k=8, top_p=0.9,
+                          guidance_schedule="cosine", cuda_graph=False, generator=seeds(2), output_type="pt",
+                          callback_on_step_end=lambda pipe, i, t, given: pipe.preview(given["codes"], i + 1)),
+    ),
+    "codes of texts": (
+        lambda: test_autoregressive_image.make_pipe(context_dim=16, context_length=8),
+        lambda pipe: pipe(prompt_embeds=torch.ones(2, 3, 16), guidance_scale=2.0, cuda_graph=False,
+                          generator=seeds(2), output_type="latent"),
+    ),
+    "codes as released": (
+        test_autoregressive_image.make_pipe,
+        lambda pipe: pipe([0, 1], as_released=True, cuda_graph=False, generator=seeds(1)[0], output_type="latent"),
+    ),
+    "masked codes": (
+        test_masked_image.make_pipe,
+        lambda pipe: pipe([0, 1], guidance_scale=2.0, top_k=8, generator=seeds(2), output_type="pt", **STEPS),
+    ),
+    "tokenizer": (
+        lambda: ReconstructionPipeline(make_tokenizer().eval()),
+        lambda pipe: pipe(IMAGE[None], output_type="pt"),
+    ),
+    "motion": (
+        test_text_to_motion.latent_pipeline,
+        lambda pipe: pipe(test_text_to_motion.CAPTIONS[:2], generator=seeds(2), **test_text_to_motion.CALL),
+    ),
+    "frames of motion": (
+        test_text_to_motion.frame_pipeline,
+        lambda pipe: pipe(test_text_to_motion.CAPTIONS[:2], generator=seeds(2), **KNOWN, **test_text_to_motion.CALL),
+    ),
+    "long motion": (
+        test_text_to_motion.frame_pipeline,
+        lambda pipe: pipe.long(test_text_to_motion.CAPTIONS[:2], seconds=1.0, transition_seconds=0.4,
+                               generator=seeds(1)[0], **STEPS),
+    ),
+}  # fmt: skip
+
+
+def numbers(output: Any) -> torch.Tensor:
+    """All numbers of a pipeline's first output."""
+    first = output[0]
+    parts = list(first) if isinstance(first, Sequence) else [first]
+    parts = [part.held if isinstance(part, PretendTensor) else torch.as_tensor(part) for part in parts]
+    return torch.cat([part.flatten().double() for part in parts])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_stays_behind_on_the_cpu(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers as on the CPU, and no operation that would mix devices on a GPU."""
+    monkeypatch.setenv("GENSSM_BACKEND", "chunked")
+    make, call = CASES[case]
+    pipe = make()
+    pipe.set_progress_bar_config(disable=True)
+    expected = numbers(call(pipe))
+    with PretendCuda():
+        result = call(pipe.to(CUDA))
+    assert torch.allclose(numbers(result), expected, atol=2e-3)
+
+
+def test_float16_and_a_vae(monkeypatch: pytest.MonkeyPatch, kl: AutoencoderKL) -> None:
+    """Half precision in all parts, from an image, in latents."""
+    monkeypatch.setenv("GENSSM_BACKEND", "chunked")
+    vae = AutoencoderKL.from_config(kl.config)
+    for dtype in (torch.float16, torch.bfloat16):
+        pipe = classes(vae=vae)
+        pipe.set_progress_bar_config(disable=True)
+        with PretendCuda():
+            pipe = pipe.to(CUDA, dtype)
+            images = pipe([0, 1], image=IMAGE.expand(3, -1, -1), generator=seeds(2), output_type="np", **GUIDED)[0]
+        assert images.shape == (2, 8, 8, 3) and torch.as_tensor(images).isfinite().all()
+        vae = AutoencoderKL.from_config(kl.config)
+
+
+def test_the_pretence() -> None:
+    """It refuses what a GPU refuses and computes the rest."""
+    with PretendCuda():
+        x = torch.ones(3).to(CUDA)
+        assert x.device == CUDA and (2 * x + torch.tensor(1.0)).tolist() == [3.0, 3.0, 3.0]
+        with pytest.raises(RuntimeError, match="on the CPU meets one on cuda:0"):
+            x + torch.ones(3)
+        with pytest.raises(RuntimeError, match="a generator on cpu"):
+            torch.randn(3, generator=torch.Generator(), device=CUDA)
+        with pytest.raises(TypeError, match="copy them to the CPU"):
+            x.numpy()
