@@ -105,7 +105,7 @@ class DropPath(nn.Module):
         self.rate = rate
         # A tensor, so that one compiled graph serves blocks of different rates.
         keep = torch.tensor(1.0 - rate, device=table_device()) if rate else None
-        self.register_buffer("keep", keep, persistent=False)
+        self.keep = None if keep is None else nn.Buffer(keep, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Drop samples of ``x`` (B, ...); the identity in evaluation mode or at rate 0."""

@@ -268,7 +268,8 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
 
         self._other_layouts: dict[tuple, tuple[torch.Tensor, ...]] = {}
         for name, buffer in zip(("orders", "pad_cells"), self._layout(self.native_grid)):
-            self.register_buffer(name, buffer, persistent=False)
+            # A None among the buffers is more than sequential offloading can bear.
+            setattr(self, name, None if buffer is None else nn.Buffer(buffer, persistent=False))
 
     @property
     def null_class_label(self) -> int | None:

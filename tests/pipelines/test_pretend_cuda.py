@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import AutoencoderKL, DDIMScheduler
 
-from genssm.pipelines import ClassConditionalImagePipeline, ReconstructionPipeline
+from genssm.pipelines import ClassConditionalImagePipeline, MotionReconstructionPipeline, ReconstructionPipeline
 from genssm.schedulers import swap_scheduler
 from genssm.training.objectives import DiffusionObjective, FlowObjective
 from tests.models.test_vq import make_tokenizer
@@ -105,6 +106,12 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         test_masked_image.make_pipe,
         lambda pipe: pipe([0, 1], guidance_scale=2.0, top_k=8, generator=seeds(2), output_type="pt", **STEPS),
     ),
+    "motion to latents": (
+        lambda: MotionReconstructionPipeline(
+            test_text_to_motion.latent_pipeline().vae, **test_text_to_motion.statistics()
+        ),
+        lambda pipe: pipe([torch.zeros(12, test_text_to_motion.DIM)]).motions,
+    ),
     "tokenizer": (
         lambda: ReconstructionPipeline(make_tokenizer().eval()),
         lambda pipe: pipe(IMAGE[None], output_type="pt"),
@@ -144,6 +151,40 @@ def test_nothing_stays_behind_on_the_cpu(case: str, monkeypatch: pytest.MonkeyPa
     with PretendCuda():
         result = call(pipe.to(CUDA))
     assert torch.allclose(numbers(result), expected, atol=2e-3)
+
+
+OFFLOADED = ("classes", "text in DiM", "text in DiMSUM", "codes", "masked codes", "tokenizer", "motion",
+             "motion to latents", "frames of motion")  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OFFLOADED)
+def test_model_offload(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each network goes to the GPU when its turn comes and back."""
+    monkeypatch.setenv("GENSSM_BACKEND", "chunked")
+    make, call = CASES[case]
+    pipe = make()
+    pipe.set_progress_bar_config(disable=True)
+    expected = numbers(call(pipe))
+    with PretendCuda():
+        pipe.enable_model_cpu_offload(device=CUDA)
+        for _ in range(2):
+            assert torch.allclose(numbers(call(pipe)), expected, atol=2e-3)
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    assert {parameter.device.type for network in networks for parameter in network.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("case", OFFLOADED)
+def test_sequential_offload(case: str) -> None:
+    """What diffusers' ``enable_sequential_cpu_offload`` does to each network: a layer has its weights when called."""
+    make, call = CASES[case]
+    pipe = make()
+    pipe.set_progress_bar_config(disable=True)
+    expected = numbers(call(pipe))
+    for network in pipe.components.values():
+        if isinstance(network, torch.nn.Module):
+            cpu_offload(network, torch.device("cpu"), offload_buffers=len(network._parameters) > 0)
+            assert all(parameter.is_meta for parameter in network.parameters())
+    assert torch.equal(numbers(call(pipe)), expected)
 
 
 def test_float16_and_a_vae(monkeypatch: pytest.MonkeyPatch, kl: AutoencoderKL) -> None:
