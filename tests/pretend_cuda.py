@@ -13,6 +13,9 @@ _INDEXED = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.defaul
 _ONE_DEVICE = {_aten.cat.default, _aten.stack.default, _aten.index_select.default, _aten.index_copy_.default}
 
 
+WAITS: list[str] = []  # what would have made the CPU wait for the GPU, or a captured graph fail
+
+
 class PretendTensor(torch.Tensor):
     """A tensor whose ``device`` is a GPU and whose numbers lie in ``held``, on the CPU."""
 
@@ -32,6 +35,7 @@ class PretendTensor(torch.Tensor):
 
     def tolist(self) -> Any:
         """Its numbers; PyTorch refuses those of a subclass."""
+        WAITS.append("tolist")
         return self.held.tolist()
 
     def numpy(self, **options: Any) -> Any:
@@ -41,12 +45,16 @@ class PretendTensor(torch.Tensor):
     # In PyTorch the methods from here on set the device first, which takes a driver.
 
     def __getitem__(self, index: Any) -> "PretendTensor":
+        if any(value.dtype == torch.bool for value in tree_flatten(index)[0] if isinstance(value, torch.Tensor)):
+            WAITS.append("index by mask")
         return PretendTensor(self.held[_held(index)])
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.held[_held(index)] = _held(value)
 
     def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> "PretendTensor":
+        if not isinstance(source, PretendTensor):
+            WAITS.append("copy_")
         self.held.copy_(_held(source))
         return self
 
@@ -54,24 +62,31 @@ class PretendTensor(torch.Tensor):
         return PretendTensor(~self.held)
 
     def nonzero(self, **options: Any) -> Any:
+        WAITS.append("nonzero")
         return tree_map_only(torch.Tensor, PretendTensor, self.held.nonzero(**options))
 
     def new_tensor(self, data: Any, **options: Any) -> "PretendTensor":
+        WAITS.append("new_tensor")
         return PretendTensor(self.held.new_tensor(data, **options))
 
     def __float__(self) -> float:
+        WAITS.append("float")
         return float(self.held)
 
     def __int__(self) -> int:
+        WAITS.append("int")
         return int(self.held)
 
     def __bool__(self) -> bool:
+        WAITS.append("bool")
         return bool(self.held)
 
     def __index__(self) -> int:
+        WAITS.append("index")
         return int(self.held)
 
     def item(self) -> bool | int | float:
+        WAITS.append("item")
         return self.held.item()
 
     @classmethod
@@ -121,6 +136,8 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     generator = kwargs.get("generator")
     if generator is not None and on_cuda:
         raise RuntimeError(f"{func}: a generator on {generator.device} draws for a tensor on {CUDA}")
+    if func is _aten.nonzero.default or any(isinstance(tensor, PretendTensor) != on_cuda for tensor in tensors[:1]):
+        WAITS.append(str(func))
     held_args, held_kwargs = _held((args, kwargs))
     out = func(*held_args, **held_kwargs)
     if not on_cuda:

@@ -21,7 +21,7 @@ from tests.pipelines import (
     test_video,
 )
 from tests.pipelines.conftest import make_denoiser
-from tests.pretend_cuda import CUDA, PretendCuda, PretendTensor
+from tests.pretend_cuda import CUDA, WAITS, PretendCuda, PretendTensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
 IMAGE = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -132,11 +132,16 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 }  # fmt: skip
 
 
+def held(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU."""
+    return tensor.held if isinstance(tensor, PretendTensor) else tensor
+
+
 def numbers(output: Any) -> torch.Tensor:
     """All numbers of a pipeline's first output."""
     first = output[0]
     parts = list(first) if isinstance(first, Sequence) else [first]
-    parts = [part.held if isinstance(part, PretendTensor) else torch.as_tensor(part) for part in parts]
+    parts = [torch.as_tensor(held(part)) for part in parts]
     return torch.cat([part.flatten().double() for part in parts])
 
 
@@ -212,3 +217,48 @@ def test_the_pretence() -> None:
             torch.randn(3, generator=torch.Generator(), device=CUDA)
         with pytest.raises(TypeError, match="copy them to the CPU"):
             x.numpy()
+        before = len(WAITS)
+        _ = x * 2 + x.sum()
+        assert len(WAITS) == before
+        for wait in (
+            lambda: x.sum().item(),
+            lambda: float(x[0]),
+            lambda: x.cpu(),
+            lambda: x[x > 0],
+            lambda: x.tolist(),
+            lambda: x.nonzero(),
+            lambda: torch.zeros(3).to(CUDA),
+            lambda: torch.tensor(1, device=CUDA),
+        ):
+            before = len(WAITS)
+            wait()
+            assert len(WAITS) > before
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"mixer": "mamba", "headdim": None}, {"context_dim": 16, "mlp_hidden": 32}], ids=str
+)
+def test_a_step_of_codes_can_be_captured(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a step nothing waits for the GPU or goes over to it, and the buffers stay where they are."""
+    monkeypatch.setenv("GENSSM_BACKEND", "chunked")
+    pipe = test_autoregressive_image.make_pipe(**changes)
+    waits, places = [], []
+
+    def callback(pipe: Any, i: int, t: int, given: dict) -> None:
+        decoder = pipe.decoder
+        waits.append(len(WAITS))
+        places.append([x.data_ptr() for x in map(held, (decoder.codes, decoder.count, *decoder.cache.vectors))])
+        places[-1] += [held(part).data_ptr() for state in decoder.cache.states for part in (state.conv, state.ssm)]
+
+    class Watched(type(pipe)):
+        def _decoder_for(self, *arguments: Any) -> Any:
+            self.decoder = super()._decoder_for(*arguments)
+            return self.decoder
+
+    pipe.__class__ = Watched
+    with PretendCuda():
+        pipe.to(CUDA)
+        pipe([0, 1], guidance_scale=2.0, top_k=8, top_p=0.9, cuda_graph=False, output_type="latent",
+             callback_on_step_end=callback)  # fmt: skip
+    assert len(waits) == 16 and len(set(waits)) == 1, WAITS[waits[0] : waits[-1]]
+    assert all(row == places[0] for row in places)
