@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
-import genssm.pipelines  # noqa: F401  makes our pipeline classes known to diffusers
 from genssm import env
 from genssm.data.motion.bvh import read_bvh
 from genssm.data.motion.clips import joints_to_clip_features
 from genssm.data.motion.export import ENDINGS, save_motion
+from genssm.devices import device_option
 from genssm.metrics.motion_distances import jerk
 from genssm.motion import Skeleton
 from genssm.pipelines import TextToMotionPipeline
+from genssm.pipelines.loading import load_pipeline
 from genssm.schedulers import SCHEDULER_NAMES, swap_scheduler
 from genssm.training.checkpoint import resolve_pipeline
 
@@ -33,7 +33,10 @@ def makes_motion(arguments: Sequence[str]) -> bool:
     if model is None:
         return False
     index = resolve_pipeline(model) / "model_index.json"
-    return json.loads(index.read_text(encoding="utf-8"))["_class_name"] == TextToMotionPipeline.__name__
+    try:
+        return json.loads(index.read_text(encoding="utf-8")).get("_class_name") == TextToMotionPipeline.__name__
+    except json.JSONDecodeError:
+        return False  # who loads it will say so
 
 
 def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
@@ -67,7 +70,7 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     where.add_argument("--format", choices=[e[1:] for e in ENDINGS], default="bvh", help="of files in a folder (bvh)")
     where.add_argument("--overwrite", action="store_true", help="replace what is there")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", help="default: the accelerator, else the CPU")
+    machine.add_argument("--device", type=device_option, help="default: the accelerator, else the CPU")
     machine.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
     machine.add_argument("--compile", action="store_true", help="compile the denoiser into one graph")
     args = parser.parse_args(arguments)
@@ -125,7 +128,7 @@ def main(arguments: Sequence[str]) -> None:
     """Load, draw, write files and what made them."""
     args = parse_args(arguments)
     folder = resolve_pipeline(args.model)
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=DTYPES[args.dtype])
+    pipe = load_pipeline(folder, dtype=DTYPES[args.dtype])
     device = args.device or (
         torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     )
