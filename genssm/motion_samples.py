@@ -106,7 +106,7 @@ def output_files(args: argparse.Namespace, count: int) -> list[Path]:
     """Files to write, whose folder is there.
 
     Raises:
-        ValueError: one file for several motions.
+        ValueError: one file for several motions, or a file of a kind that is not written.
         FileExistsError: a file is there already.
     """
     if args.out.suffix.lower() in ENDINGS:
@@ -115,6 +115,8 @@ def output_files(args: argparse.Namespace, count: int) -> list[Path]:
                 f"--out {args.out} is one file and {count} motions are asked for; give a folder, or --long"
             )
         files = [args.out]
+    elif args.out.suffix[1:].isalnum() and not args.out.suffix[1:].isdecimal() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out}: motions are written as {', '.join(sorted(ENDINGS))}, or into a folder")
     else:
         files = [args.out / f"{i:06d}.{args.format}" for i in range(count)]
     there = [path for path in files if path.exists()]

@@ -82,6 +82,8 @@ def test_a_motion_goes_on_from_a_file(model: Path, tmp_path: Path) -> None:
         (["--class-labels", "walk", "--prompt", "a", "--out", "x.bvh"], ValueError, "reads text"),
         (["--prompt", "a", "--begin", "missing.bvh", "--out", "x.bvh"], FileNotFoundError, "no motion at"),
         (["--prompt", "a", "--begin-seconds", "1", "--out", "x.bvh"], SystemExit, "2"),
+        (["--prompt", "a", "--out", "x.docx"], ValueError, r"motions are written as \.bvh"),
+        (["--class-labels", "3", "--out", "x.bvh"], ValueError, "knows no classes; leave class_labels out"),
         (["--prompt", "a", "--long", "--num-motions", "2", "--out", "x.bvh"], SystemExit, "2"),
     ],
 )
