@@ -9,7 +9,6 @@ Models of human motion have options of their own (``python sample.py --model run
 ``python sample.py --model runs/motion --prompt "a person walks in a circle" --seconds 6 --out walk.bvh``.
 """
 
-import genssm.threads  # isort: skip - before torch
 import argparse
 import hashlib
 import inspect
@@ -27,14 +26,15 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-import genssm.pipelines  # noqa: F401  makes our pipeline classes known to diffusers
 from genssm import env, motion_samples
 from genssm.data.video import FORMATS as VIDEO_FORMATS
 from genssm.data.video import Clip, write_clip
+from genssm.devices import device_option
 from genssm.errors import cli
 from genssm.kernels import dispatch
 from genssm.metrics.generated import sampler_settings
 from genssm.motion_samples import makes_motion
+from genssm.pipelines.loading import load_pipeline
 from genssm.schedulers import SCHEDULER_NAMES, swap_scheduler
 from genssm.solvers import ADAPTIVE_METHODS, FIXED_METHODS
 from genssm.training.checkpoint import resolve_pipeline
@@ -91,7 +91,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     where.add_argument("--overwrite", action="store_true", help="replace images that other settings have made")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--batch-size", type=positive, default=64, help="images at once in each process (default: 64)")
-    machine.add_argument("--device", help="default: the accelerator, else the CPU")
+    machine.add_argument("--device", type=device_option, help="default: the accelerator, else the CPU")
     machine.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
     machine.add_argument("--compile", action="store_true", help="compile the denoiser's repeated blocks")
     args = parser.parse_args(arguments)
@@ -110,7 +110,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def load(folder: Path, args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
     """The pipeline in a folder, on its device, with the sampler asked for."""
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=DTYPES[args.dtype]).to(device)
+    pipe = load_pipeline(folder, dtype=DTYPES[args.dtype]).to(device)
     if not hasattr(pipe, "denoiser"):
         raise ValueError(f"the {type(pipe).__name__} in {folder} draws no images; give a run of a model that does")
     if not is_video(pipe) and args.of_clips:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from diffusers import DiTTransformer2DModel
 
+from genssm.devices import device_option
 from genssm.errors import cli
 from genssm.kernels.benchmarking import hardware, milliseconds, peak_memory
 from genssm.models import DIM_PRESETS, DIMSUM_PRESETS, MODELS, ZIGMA_PRESETS
@@ -65,7 +66,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="tokens in a batch (default: 8192; CPU: 1024)")
     parser.add_argument("--width", type=int, help="hidden_size (default: the presets'; CPU: 128)")
     parser.add_argument("--layers", type=int, help="num_layers (default: the presets'; CPU: 5)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_option, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=TYPES, help="autocast type (default: bfloat16; CPU: float32)")
     parser.add_argument("--compile", action="store_true", help="also with the repeated blocks compiled")
     parser.add_argument("--csv", type=Path, help="also write the table to this file")

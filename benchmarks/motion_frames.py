@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 
+from genssm.devices import device_option
 from genssm.errors import cli
 from genssm.kernels.benchmarking import hardware, peak_memory
 from genssm.models import MLD, MotionMambaFrames
@@ -40,7 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, help="hidden_size of both (default: 256; CPU: 64)")
     parser.add_argument("--layers", type=int, help="num_layers of both (default: 9; CPU: 3)")
     parser.add_argument("--patch", type=int, default=1, help="frames of a token of Motion Mamba (default: 1)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_option, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=TYPES, help="autocast type (default: float32, none)")
     parser.add_argument("--csv", type=Path, help="also write the table to this file")
     args = parser.parse_args(arguments)

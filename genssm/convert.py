@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from genssm.errors import cli
@@ -223,7 +224,7 @@ def read_checkpoint(path: str | Path, weights: str | None = None) -> Weights:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; download the published file and give its path")
     if path.suffix == ".safetensors":
-        content = load_file(path)
+        content = _read_safetensors(path)
     elif path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         content = _read_pickle(path)
     else:
@@ -232,12 +233,22 @@ def read_checkpoint(path: str | Path, weights: str | None = None) -> Weights:
     return {_WRAPPERS.sub("", key): value for key, value in part.items()}
 
 
+def _read_safetensors(path: Path) -> Weights:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}); download it again") from error
+
+
 def _read_pickle(path: Path) -> Any:
     zipped = zipfile.is_zipfile(path)
     foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
     try:
         with torch.serialization.safe_globals([(_Ignored, name) for name in foreign]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (RuntimeError, KeyError, IndexError, EOFError) as error:
+        reason = str(error).split(". ")[0] or type(error).__name__
+        raise ValueError(f"{path} is no whole checkpoint file ({reason}); download it again") from error
     except (pickle.UnpicklingError, AttributeError, TypeError) as error:
         named = f" ({', '.join(sorted(foreign))})" if foreign else ""
         raise ValueError(

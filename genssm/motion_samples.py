@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
-import genssm.pipelines  # noqa: F401  makes our pipeline classes known to diffusers
 from genssm import env
 from genssm.data.motion.bvh import read_bvh
 from genssm.data.motion.clips import joints_to_clip_features
 from genssm.data.motion.export import ENDINGS, save_motion
+from genssm.devices import device_option
 from genssm.metrics.motion_distances import jerk
 from genssm.motion import Skeleton
 from genssm.pipelines import TextToMotionPipeline
+from genssm.pipelines.loading import load_pipeline
 from genssm.pipelines.text_to_motion import PROMPT_SECONDS
 from genssm.schedulers import SCHEDULER_NAMES, swap_scheduler
 from genssm.training.checkpoint import resolve_pipeline
@@ -34,7 +34,10 @@ def makes_motion(arguments: Sequence[str]) -> bool:
     if model is None:
         return False
     index = resolve_pipeline(model) / "model_index.json"
-    return json.loads(index.read_text(encoding="utf-8"))["_class_name"] == TextToMotionPipeline.__name__
+    try:
+        return json.loads(index.read_text(encoding="utf-8")).get("_class_name") == TextToMotionPipeline.__name__
+    except json.JSONDecodeError:
+        return False  # who loads it will say so
 
 
 def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
@@ -70,7 +73,7 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     where.add_argument("--format", choices=[e[1:] for e in ENDINGS], default="bvh", help="of files in a folder (bvh)")
     where.add_argument("--overwrite", action="store_true", help="replace what is there")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", help="default: the accelerator, else the CPU")
+    machine.add_argument("--device", type=device_option, help="default: the accelerator, else the CPU")
     machine.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
     machine.add_argument("--compile", action="store_true", help="compile the denoiser into one graph")
     args = parser.parse_args(arguments)
@@ -111,7 +114,7 @@ def output_files(args: argparse.Namespace, count: int) -> list[Path]:
     """Files to write, whose folder is there.
 
     Raises:
-        ValueError: one file for several motions, or a kind of file that cannot be written.
+        ValueError: one file for several motions, or a file of a kind that is not written.
         FileExistsError: a file is there already.
     """
     if args.out.suffix.lower() in ENDINGS:
@@ -120,8 +123,8 @@ def output_files(args: argparse.Namespace, count: int) -> list[Path]:
                 f"--out {args.out} is one file and {count} motions are asked for; give a folder, or --long"
             )
         files = [args.out]
-    elif args.out.suffix and not args.out.is_dir():
-        raise ValueError(f"--out {args.out}: motion is written as {', '.join(ENDINGS)}, or give a folder")
+    elif args.out.suffix[1:].isalnum() and not args.out.suffix[1:].isdecimal() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out}: motions are written as {', '.join(sorted(ENDINGS))}, or into a folder")
     else:
         files = [args.out / f"{i:06d}.{args.format}" for i in range(count)]
     there = [path for path in files if path.exists()]
@@ -135,7 +138,7 @@ def main(arguments: Sequence[str]) -> None:
     """Load, draw, write files and what made them."""
     args = parse_args(arguments)
     folder = resolve_pipeline(args.model)
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=DTYPES[args.dtype])
+    pipe = load_pipeline(folder, dtype=DTYPES[args.dtype])
     device = args.device or (
         torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     )

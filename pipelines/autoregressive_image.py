@@ -122,7 +122,7 @@ class AutoregressiveImagePipeline(CodePipeline):
         condition = self._condition(labels, texts, num_images, device)
         uniform = draw_uniform((num_images, tokens), None if as_released else generator, device)
 
-        capture = cuda_graph and device.type == "cuda" and not as_released and not self._offloads
+        capture = cuda_graph and device.type == "cuda" and not as_released and not self._weights_move
         decoder = self._decoder_for(num_images, guided, sampling, device, as_released, capture)
         codes = torch.zeros(num_images, 0, dtype=torch.int64) if codes is None else codes
         done = decoder.begin(condition, codes.to(device), uniform, scales, generator if as_released else None)
@@ -163,9 +163,11 @@ class AutoregressiveImagePipeline(CodePipeline):
                 raise ValueError(f"codes lie outside 0..{vocabulary - 1}, the codes of this model")
 
     @property
-    def _offloads(self) -> bool:
-        """Whether hooks move weights about, so that a captured graph would not find them."""
-        return any(hasattr(module, "_hf_hook") for module in self.model.modules())
+    def _weights_move(self) -> bool:
+        """Whether hooks move or cast weights, or autocast copies them: a captured graph would not find them."""
+        hooks = ("_hf_hook", "_diffusers_hook")  # of accelerate and of diffusers
+        hooked = any(hasattr(module, name) for module in self.model.modules() for name in hooks)
+        return hooked or torch.is_autocast_enabled("cuda")
 
     def _decoder_for(
         self,

@@ -97,10 +97,10 @@ class MotionConditions(LabelConditions):
         """Texts, labels and the number of motions; checks that the denoiser reads what is given."""
         given = [name for name, value in (("prompt", prompt), ("prompt_embeds", embeds)) if value is not None]
         reads_text = bool(self.denoiser.config.context_dim)
-        if reads_text and (len(given) != 1 or class_labels is not None):
-            raise ValueError(
-                f"this denoiser reads text: give prompt or prompt_embeds, one of them; got {given or 'none'}"
-            )
+        if reads_text and class_labels is not None:
+            raise ValueError("this denoiser reads text and knows no classes; leave class_labels out")
+        if reads_text and len(given) != 1:
+            raise ValueError(f"this denoiser reads text: give prompt or prompt_embeds; got {given or 'neither'}")
         if not reads_text:
             if given:
                 raise ValueError(f"{given[0]} is given but this denoiser reads no text; pass class_labels or nothing")

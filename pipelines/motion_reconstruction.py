@@ -21,6 +21,8 @@ class MotionReconstructionPipeline(DiffusionPipeline):
         max_frames: longest clip that it was trained on.
     """
 
+    model_cpu_offload_seq = "vae"
+
     def __init__(
         self,
         vae: ModelMixin,
@@ -73,4 +75,5 @@ class MotionReconstructionPipeline(DiffusionPipeline):
                 continue
             features = self.statistics.denormalise(self.vae.decode(latents, [x.shape[1]])[0].float())
             results.append(features if output_type == "features" else features_to_joints(features, self.skeleton))
+        self.maybe_free_model_hooks()
         return MotionPipelineOutput(motions=results, skeleton=self.skeleton, borders=[[] for _ in results])

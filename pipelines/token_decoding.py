@@ -1,6 +1,7 @@
 """The loop that draws an image code by code: static buffers, one step, replayed as a captured graph on CUDA."""
 
 import contextlib
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,8 @@ from diffusers import ModelMixin
 
 from genssm.pipelines.denoising import BatchInvariant, Generators
 from genssm.pipelines.token_sampling import TokenSampling
+
+logger = logging.getLogger("genssm")
 
 # B images, T codes of an image, V vocabulary, R rows of the model's batch: B, or 2 B under guidance
 
@@ -131,20 +134,30 @@ class TokenDecoder:
         self.previous.copy_(codes.repeat(self.rows // self.num_images)[:, None])
         self.count.add_(1)
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        """Record one step. What it computes while it is recorded is overwritten by :meth:`begin`."""
+    def _capture(self) -> torch.cuda.CUDAGraph | None:
+        """Record one step; None, with a warning, where it cannot be recorded.
+
+        What it computes while it is recorded is overwritten by :meth:`begin`.
+        """
         self.cache.begun = True
-        side = torch.cuda.Stream(self.codes.device)
-        side.wait_stream(torch.cuda.current_stream(self.codes.device))
-        with torch.cuda.stream(side):
-            for _ in range(3):  # compiles kernels and lets libraries choose theirs
-                self.count.zero_()
-                self.cache.position.zero_()
-                self._advance()
-        torch.cuda.current_stream(self.codes.device).wait_stream(side)
-        self.count.zero_()
-        self.cache.position.zero_()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.codes.device), torch.cuda.graph(graph):  # which records the current device
-            self._advance()
+        with torch.cuda.device(self.codes.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):  # compiles kernels and lets libraries choose theirs
+                    self.count.zero_()
+                    self.cache.position.zero_()
+                    self._advance()
+            torch.cuda.current_stream().wait_stream(side)
+            self.count.zero_()
+            self.cache.position.zero_()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # Other threads may go on: those that watch NCCL or pin batches would break a "global" capture.
+                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                    self._advance()
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                logger.warning("decoding step by step, slowly: the step cannot be captured as a graph (%s)", reason)
+                return None
         return graph

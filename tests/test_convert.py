@@ -155,6 +155,19 @@ def test_unusable_files(tmp_path: Path, name: str, content: object, weights: str
         read_checkpoint(tmp_path / name, weights)
 
 
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "legacy.pt"])
+def test_half_a_file(published: dict, name: str, tmp_path: Path) -> None:
+    """A download that broke off."""
+    whole = tmp_path / name
+    if name == "a.safetensors":
+        save_file(published, whole)
+    else:
+        torch.save(published, whole, _use_new_zipfile_serialization=name == "a.pt")
+    whole.write_bytes(whole.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"is no whole .*; download it again"):
+        read_checkpoint(whole)
+
+
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*a\.pt"):
         read_checkpoint(tmp_path / "a.pt")

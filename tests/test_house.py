@@ -35,6 +35,7 @@ FLOORS = [
     {
         "genssm.scan_orders",
         "genssm.config",
+        "genssm.devices",
         "genssm.values",
         "genssm.threads",
         "genssm.errors",

@@ -109,13 +109,14 @@ def test_a_prompt_for_a_model_without_text(tmp_path: Path) -> None:
     ("options", "error", "message"),
     [
         (["--class-labels", "walk", "--out", "x.bvh"], ValueError, "reads text: give --prompt"),
-        (["--prompt", "a", "--out", "x.fbx"], ValueError, r"written as \.npy, \.bvh"),
         (["--prompt", "a", "--seconds", "-1", "--out", "x.bvh"], ValueError, "motion of -20 frames"),
         (["--prompt", "a", "--end-seconds", "1", "--out", "x.bvh"], SystemExit, "2"),
         (["--prompt", "a", "b", "--out", "x.bvh"], ValueError, "is one file and 2 motions"),
         (["--class-labels", "walk", "--prompt", "a", "--out", "x.bvh"], ValueError, "reads text"),
         (["--prompt", "a", "--begin", "missing.bvh", "--out", "x.bvh"], FileNotFoundError, "no motion at"),
         (["--prompt", "a", "--begin-seconds", "1", "--out", "x.bvh"], SystemExit, "2"),
+        (["--prompt", "a", "--out", "x.docx"], ValueError, r"motions are written as \.bvh"),
+        (["--class-labels", "3", "--out", "x.bvh"], ValueError, "knows no classes; leave class_labels out"),
         (["--prompt", "a", "--long", "--num-motions", "2", "--out", "x.bvh"], SystemExit, "2"),
     ],
 )

@@ -196,6 +196,30 @@ def test_mistakes_are_explained(run: Run, tmp_path: Path) -> None:
         run("--scheduler", "ddpm")
 
 
+@pytest.mark.parametrize("device", ["cude", "meta", "cuda:99"])
+def test_the_device_must_be_there(run: Run, device: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        run("--device", device)
+    assert end.value.code == 2
+    assert f"'{device}' is no device of this machine, which has cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["weights", "part", "index"])
+def test_a_damaged_folder_is_the_users_news(run: Run, folder: Path, damage: str, tmp_path: Path) -> None:
+    """What a broken copy leaves behind."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    weights = copy / "denoiser" / "diffusion_pytorch_model.safetensors"
+    if damage == "weights":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "part":
+        shutil.rmtree(copy / "denoiser")
+    else:
+        (copy / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"the pipeline in .*copy is damaged or incomplete: "):
+        run(model=copy)
+
+
 @pytest.fixture(scope="module")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text-to-image pipeline."""

@@ -21,6 +21,7 @@ from genssm.data.blocks import fill_folder
 from genssm.data.images import ImageDataset
 from genssm.data.latents import load_vae, vae_moments, vae_scaling
 from genssm.data.transforms import to_model_range
+from genssm.devices import device_option
 from genssm.errors import cli
 
 
@@ -148,7 +149,12 @@ def main() -> None:
     parser.add_argument("--flip", action="store_true", help="also encode the mirrored images")
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--device",
+        type=device_option,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
     config = load_data_config(args.config, args.overrides)

@@ -20,6 +20,7 @@ from genssm.data import build_dataset
 from genssm.data.blocks import fill_folder
 from genssm.data.codes import load_tokenizer
 from genssm.data.transforms import to_model_range
+from genssm.devices import device_option
 from genssm.errors import cli
 
 
@@ -112,7 +113,12 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder to make")
     parser.add_argument("--flip", action="store_true", help="also encode the mirrored images")
     parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--device",
+        type=device_option,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
     config = load_data_config(args.config, args.overrides)

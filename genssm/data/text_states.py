@@ -22,6 +22,7 @@ from accelerate.utils import parse_flag_from_env
 from genssm.config import DataConfig, load_data_config
 from genssm.data import build_dataset
 from genssm.data.blocks import fill_folder, verify
+from genssm.devices import device_option
 from genssm.errors import cli
 from genssm.text import encode_texts, load_frozen_encoder, tokenize
 
@@ -178,7 +179,8 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, help="tokens of a text; default: the tokenizer's own")
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device_option, default=device, help="default: %(default)s")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
     config = load_data_config(args.config, args.overrides)

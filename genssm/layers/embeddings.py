@@ -141,7 +141,9 @@ class LabelEmbedding(nn.Module):
         if labels is None:
             if self.null_label is None:
                 raise ValueError("class_labels is None but this model has no null class; pass one label per sample")
-            labels = torch.full((batch_size,), self.null_label, device=self.table.weight.device)
+            # An offloaded table is on the meta device until its hook runs, which moves the labels to the right one.
+            device = "cpu" if hasattr(self.table, "_hf_hook") else self.table.weight.device
+            labels = torch.full((batch_size,), self.null_label, device=device)
         if labels.shape != (batch_size,):
             raise ValueError(f"class_labels has shape {tuple(labels.shape)}; expected ({batch_size},), one per sample")
         return self.table(labels)

@@ -174,7 +174,7 @@ class DropPath(nn.Module):
         self.rate = rate
         # A tensor, so that one compiled graph serves blocks of different rates.
         keep = torch.tensor(1.0 - rate, device=table_device()) if rate else None
-        self.register_buffer("keep", keep, persistent=False)
+        self.keep = None if keep is None else nn.Buffer(keep, persistent=False)
 
     def forward(self, x: torch.Tensor, packing: Packing | None = None) -> torch.Tensor:
         """Drop samples of ``x`` (B, ...), or of the row (1, L, D) of a ``packing``; the identity in evaluation mode."""

@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
+from genssm.devices import device_option
 from genssm.metrics import benchmark_report as writing
 from genssm.metrics import report as reports
 from genssm.metrics.distances import cmmd, inception_score, precision_recall
@@ -189,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--clip", metavar="DIR", help="CLIP saved by transformers (default: in genssm's cache)")
     how.add_argument("--cache", type=Path, metavar="DIR", help="statistics of references (default: in genssm's cache)")
     how.add_argument("--feature-batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
-    how.add_argument("--device", help="cpu, cuda, ... (default: the accelerator, else the CPU)")
+    how.add_argument("--device", type=device_option, help="cpu, cuda, ... (default: the accelerator, else the CPU)")
     sweep = result.add_argument_group("sweep")
     sweep.add_argument(
         "--sweep", nargs="+", default=[], metavar="KEY=A,B,...",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from genssm import errors
+from genssm.devices import device_option
 from genssm.metrics.features import exact_convolutions
 from genssm.metrics.sources import ImageSource, add_data_options, dataset_source
 
@@ -267,7 +268,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=int, default=32, help="channels of the first stage (default: %(default)s)")
     parser.add_argument("--feature-dim", type=int, default=64, help="length of the features (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")
-    parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: cuda where there is one")
+    parser.add_argument(
+        "--device", type=device_option, default=None, help="cpu, cuda, ...; default: cuda where there is one"
+    )
     add_data_options(parser)
     return parser
 

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from genssm import errors
+from genssm.devices import device_option
 from genssm.metrics import report as reports
 from genssm.metrics.features import RESIZE_MODES, ClassifierFeatures, FeatureExtractor, build_extractor
 from genssm.metrics.generated import (
@@ -91,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--weights", metavar="FILE", help="Inception weights (default: cached, else fetched)")
     how.add_argument("--no-kid", action="store_true", help="leave out the kernel distance; memory stays constant")
     how.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
-    how.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    how.add_argument("--device", type=device_option, help="cpu, cuda, ... (default: cuda where there is one)")
     draw = add_drawing_options(result)
     draw.add_argument("--temperature", type=float, metavar="T", help="of models of codes; also the next two")
     draw.add_argument("--top-k", type=int, metavar="K")
@@ -159,18 +160,18 @@ def is_model(path: Path) -> bool:
 
 def open_pipeline(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Path]:
     """The pipeline of a folder or of a run's newest complete checkpoint, and the folder it is in."""
-    from diffusers import DiffusionPipeline
-
-    import genssm.pipelines  # noqa: F401 - makes our classes known to diffusers
+    from genssm.pipelines import loading
     from genssm.training.checkpoint import resolve_pipeline
 
     folder = resolve_pipeline(path)
-    return DiffusionPipeline.from_pretrained(str(folder), dtype=dtype).to(device), folder
+    return loading.load_pipeline(folder, dtype=dtype).to(device), folder
 
 
 def load_pipeline(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Path]:
     """As :func:`open_pipeline`, of images of classes or of nothing."""
     pipe, folder = open_pipeline(path, device, dtype)
+    if not hasattr(pipe, "denoiser"):
+        raise ValueError(f"the {type(pipe).__name__} in {folder} draws no images; give a run of a model that does")
     if pipe.denoiser.config.get("context_dim") or pipe.denoiser.config.get("num_frames"):
         raise ValueError(
             f"{path} makes images of texts, or clips; draw images with sample.py and give its folder as --samples, "

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from genssm.data.motion import Lengths, MotionDataset, build_motion_dataset
 from genssm.data.motion.words import WordVectors
+from genssm.devices import device_option
 from genssm.errors import cli
 from genssm.metrics import motion_distances as distances
 from genssm.metrics.frechet import frechet_distance_from_features
@@ -318,7 +319,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--guidance-scale", type=float, help="default: the pipeline's")
     result.add_argument("--batch-size", type=int, default=32, help="motions per call (default: %(default)s)")
     result.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    result.add_argument("--device", help="cpu, cuda, ...; default: cuda where there is one")
+    result.add_argument("--device", type=device_option, help="cpu, cuda, ...; default: cuda where there is one")
     result.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the model")
     result.add_argument("--report", type=Path, metavar="FILE.json", help="write protocol and results")
     return result

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from genssm.data.motion import Lengths, MotionDataset, build_motion_dataset
 from genssm.data.motion.words import WordVectors
+from genssm.devices import device_option
 from genssm.errors import cli
 from genssm.metrics.motion_clips import Clips, draw_clips, embed_captions, embed_motions, stack_captions
 from genssm.metrics.motion_distances import GROUP_SIZE, retrieval
@@ -223,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--min-frames", type=int, default=40, help="shortest clip (default: %(default)s)")
     parser.add_argument("--longer", choices=["leave_out", "window"], default="window", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and crops (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, ...; default: cuda where there is one")
+    parser.add_argument("--device", type=device_option, help="cpu, cuda, ...; default: cuda where there is one")
     args = parser.parse_args(arguments)
     lengths = Lengths(min_frames=args.min_frames, max_frames=args.max_frames, longer=args.longer)
     train = build_motion_dataset(args.data, args.split, lengths=lengths)

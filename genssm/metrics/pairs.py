@@ -19,9 +19,11 @@ from tqdm import tqdm
 from genssm import errors
 from genssm.config import DataConfig, load_data_config
 from genssm.data import ImageDataset, build_dataset
+from genssm.devices import device_option
 from genssm.metrics.generated import model_facts
 from genssm.metrics.report import versions
 from genssm.pipelines import TextToImagePipeline
+from genssm.pipelines.loading import load_pipeline
 from genssm.schedulers import SCHEDULER_NAMES, swap_scheduler
 from genssm.training.checkpoint import resolve_pipeline
 from genssm.training.samples import make_grid
@@ -154,7 +156,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--scheduler", choices=SCHEDULER_NAMES, help="another sampler than the model's own")
     result.add_argument("--seed", type=int, default=0, help="seed of the first sample (default: 0)")
     result.add_argument("--batch-size", type=int, default=64, help="samples at once (default: 64)")
-    result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    result.add_argument(
+        "--device",
+        type=device_option,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
+    )
     result.add_argument("--report", type=Path, help="write the numbers and the whole protocol as JSON")
     result.add_argument("--picture", type=Path, help="write a picture of truth and sample, one pair above the other")
     result.add_argument("--pictured", type=int, default=64, help="pairs of each split in it (default: 64)")
@@ -167,7 +174,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected at least 1")
     folder = resolve_pipeline(options.model)
-    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe = load_pipeline(folder)
     if not isinstance(pipe, TextToImagePipeline):
         raise ValueError(f"{folder} holds a {type(pipe).__name__}; pairs are measured of a TextToImagePipeline")
     if options.scheduler:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from genssm import errors
 from genssm.data.codes import load_tokenizer
+from genssm.devices import device_option
 from genssm.metrics.sources import ImageSource, add_data_options, dataset_source
 
 
@@ -108,7 +109,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="folder to make: the reconstructions as PNG files")
     parser.add_argument("--report", type=Path, help="write the numbers to this JSON file")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--device",
+        type=device_option,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
+    )
     add_data_options(parser)
     options = parser.parse_args(arguments)
     tokenizer = load_tokenizer(options.tokenizer).to(options.device)

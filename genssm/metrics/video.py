@@ -10,6 +10,7 @@ import torch
 
 from genssm import errors
 from genssm.config import DataConfig
+from genssm.devices import device_option
 from genssm.metrics import report as reports
 from genssm.metrics.clip_features import ClipFeatures, build_clip_extractor
 from genssm.metrics.clips import (
@@ -94,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--weights", metavar="FILE", help="Inception weights, for frames:inception (default: cached)")
     how.add_argument("--no-kid", action="store_true", help="leave out the kernel distance; memory stays constant")
     how.add_argument("--batch-size", type=int, default=8, help="clips at a time (default: %(default)s)")
-    how.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    how.add_argument("--device", type=device_option, help="cpu, cuda, ... (default: cuda where there is one)")
     draw = add_drawing_options(result)
     draw.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts in turn, for a model that reads text")
     draw.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from; default: no text")

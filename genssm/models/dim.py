@@ -268,7 +268,9 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
 
         self._other_layouts: dict[tuple, tuple[torch.Tensor, ...]] = {}
         for name, buffer in zip(("orders", "pad_cells"), self._layout(self.native_grid)):
-            self.register_buffer(name, buffer.to(table_device()), persistent=False)
+            # A None among the buffers is more than sequential offloading can bear.
+            table = None if buffer is None else nn.Buffer(buffer.to(table_device()), persistent=False)
+            setattr(self, name, table)
 
     @property
     def null_class_label(self) -> int | None:

@@ -378,7 +378,8 @@ class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self._other_layouts: dict[tuple, tuple[torch.Tensor | None, ...]] = {}
         layout = self._layout(self.native_grid, table_device())
         for name, buffer in zip(("orders", "frequency_orders", "fixed_positions"), layout):
-            self.register_buffer(name, buffer, persistent=False)
+            # A None among the buffers is more than sequential offloading can bear.
+            setattr(self, name, None if buffer is None else nn.Buffer(buffer, persistent=False))
 
     @property
     def null_class_label(self) -> int | None:

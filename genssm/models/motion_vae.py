@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from genssm.layers.modulation import upcast
@@ -38,7 +39,7 @@ class MotionPosterior(BaseOutput):
     """
 
     mean: torch.Tensor
-    std: torch.Tensor
+    std: torch.Tensor | None = None  # optional to accelerate, which rebuilds outputs
 
     def sample(self, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> torch.Tensor:
         """Draw latents (B, n, D): mean + std noise; a list of generators has one for each clip."""
@@ -75,8 +76,8 @@ class MotionVAEOutput(BaseOutput):
     """
 
     sample: torch.Tensor
-    posterior: MotionPosterior
-    latents: torch.Tensor
+    posterior: MotionPosterior | None = None  # optional, like the next, to accelerate, which rebuilds outputs
+    latents: torch.Tensor | None = None
 
 
 class MotionVAE(ModelMixin, ConfigMixin):
@@ -145,6 +146,7 @@ class MotionVAE(ModelMixin, ConfigMixin):
         self.decoder = SkipTransformer(num_layers, hidden_size, memory=arch == "encoder_decoder", **layer)
         self.proj_out = nn.Linear(hidden_size, in_channels)
 
+    @apply_forward_hook
     def encode(self, features: torch.Tensor, lengths: torch.Tensor | Sequence[int] | None = None) -> MotionPosterior:
         """Distribution of the latents of clips.
 
@@ -169,6 +171,7 @@ class MotionVAE(ModelMixin, ConfigMixin):
             mean, log_variance = x.chunk(2, dim=1)  # (B, n, D) each
         return MotionPosterior(mean=upcast(mean), std=(0.5 * upcast(log_variance)).exp())
 
+    @apply_forward_hook
     def decode(self, latents: torch.Tensor, lengths: torch.Tensor | Sequence[int]) -> torch.Tensor:
         """Features of clips of the given lengths.
 

@@ -26,7 +26,7 @@ class TextEncoderOutput(BaseOutput):
     """
 
     last_hidden_state: torch.Tensor
-    pooler_output: torch.Tensor
+    pooler_output: torch.Tensor | None = None  # optional to the hooks of accelerate, which rebuild outputs
 
 
 class TextBlock(nn.Module):

@@ -200,6 +200,14 @@ class Quantized(BaseOutput):
     entropy_loss: torch.Tensor | None = None
 
 
+class CodeVectors(nn.Embedding):
+    """The vectors of the codes, (V, E)."""
+
+    def forward(self) -> torch.Tensor:
+        """Hand the weight out; by a call, so that offloading hooks notice."""
+        return self.weight
+
+
 class VectorQuantizer(nn.Module):
     """Nearest code vector (van den Oord et al. 2017, arXiv:1711.00937), on the unit sphere (Yu et al. 2021).
 
@@ -236,7 +244,7 @@ class VectorQuantizer(nn.Module):
         self.commitment_weight = commitment_weight
         self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
         self.usage_decay = usage_decay
-        self.embedding = nn.Embedding(num_codes, dim)
+        self.embedding = CodeVectors(num_codes, dim)
         nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)
         if normalize:
             with torch.no_grad():
@@ -245,7 +253,7 @@ class VectorQuantizer(nn.Module):
 
     def codebook(self) -> torch.Tensor:
         """The code vectors as they are compared and looked up, (V, E), float32."""
-        weight = upcast(self.embedding.weight)
+        weight = upcast(self.embedding())
         return F.normalize(weight, dim=-1) if self.normalize else weight
 
     def lookup(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -263,7 +263,9 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         self._other_layouts: dict[tuple, tuple[torch.Tensor, ...]] = {}
         names = ("token_orders", "frame_orders", "fixed_positions")
         for name, buffer in zip(names, self._layout(max(num_frames, 1), self.native_grid)):
-            self.register_buffer(name, None if buffer is None else buffer.to(table_device()), persistent=False)
+            # A None among the buffers is more than sequential offloading can bear.
+            table = None if buffer is None else nn.Buffer(buffer.to(table_device()), persistent=False)
+            setattr(self, name, table)
 
     @property
     def null_class_label(self) -> int | None:
