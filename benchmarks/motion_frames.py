@@ -112,7 +112,7 @@ def rows(args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
         for name, (seconds, memory) in found.items():
             ratio = found["attention"][0] / seconds
             yield (
-                f"{frames:,}", name, f"{size_of(models[name]) / 1e6:.2f} M", str(args.steps), f"{seconds:.2f}",
+                f"{frames:,}", name, f"{size_of(models[name]) / 1e6:.2f} M", str(args.steps), f"{seconds:.3g}",
                 f"{frames / seconds:,.0f}", f"{ratio:.2f}", "" if memory is None else f"{memory:,.0f}",
             )  # fmt: skip
 

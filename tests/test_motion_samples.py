@@ -116,7 +116,6 @@ def test_a_prompt_for_a_model_without_text(tmp_path: Path) -> None:
         (["--prompt", "a", "--begin", "missing.bvh", "--out", "x.bvh"], FileNotFoundError, "no motion at"),
         (["--prompt", "a", "--begin-seconds", "1", "--out", "x.bvh"], SystemExit, "2"),
         (["--prompt", "a", "--out", "x.docx"], ValueError, r"motions are written as \.bvh"),
-        (["--class-labels", "3", "--out", "x.bvh"], ValueError, "knows no classes; leave class_labels out"),
         (["--prompt", "a", "--long", "--num-motions", "2", "--out", "x.bvh"], SystemExit, "2"),
     ],
 )

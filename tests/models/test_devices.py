@@ -34,6 +34,7 @@ from tests.models import (
     test_maskmamba,
     test_mld,
     test_motion_mamba,
+    test_packing,
     test_vq,
     test_zigma,
 )
@@ -130,6 +131,19 @@ def test_one_device_throughout(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         if device == DIFFERENTIABLE:
             result.float().square().mean().backward()
             assert {p.grad.device for p in model.parameters() if p.grad is not None} == {device}
+
+
+@pytest.mark.parametrize("of_clips", [False, True])
+def test_packed_samples(of_clips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of many sizes in one row: where each lies is told to the device, and no sample comes back to the host."""
+    model = test_packing.make_motion_model("text") if of_clips else test_packing.make_model("text")
+    shapes = [(length, 5) for length in test_packing.CLIP_LENGTHS] if of_clips else [(3, 8, 8), (3, 4, 12), (3, 2, 2)]
+    given = test_packing.make_inputs(model, shapes)
+    with fake_device(monkeypatch, DIFFERENTIABLE):
+        model.to(DIFFERENTIABLE)
+        results = model(**place(given, DIFFERENTIABLE)).sample
+        assert [(tuple(x.shape), x.device) for x in results] == [(shape, DIFFERENTIABLE) for shape in shapes]
+        sum(x.square().mean() for x in results).backward()
 
 
 @pytest.mark.parametrize("cls", [ZigMa, DiM, DiMSUM])
