@@ -49,6 +49,7 @@ from genssm.training.seeding import generator_for, seed_globals
 from genssm.training.sharding import gather, load_whole_state, put, shard, wants_sharding, whole, whole_state
 from genssm.training.stop import StopRequest
 
+GRAPHS = 64  # of a block at most: packed rows differ in length and in how many samples they hold
 OVERFLOWS_IN_A_ROW = 50  # fp16: skipped steps after which the loss scale is not the reason
 
 
@@ -119,6 +120,7 @@ def prepare(run: Run, *, sharded: bool = False) -> None:
     if train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if train.compile:
+        torch._dynamo.config.cache_size_limit = GRAPHS
         model.compile_repeated_blocks(fullgraph=True)
     if train.layer_shuffle:
         shuffle_layers(model, train.layer_shuffle)

@@ -1,5 +1,6 @@
 """Training on packed rows: the debug run learns and samples its sizes; exact resuming; the mean over images."""
 
+import functools
 import os
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from genssm.config import load_config
 from genssm.data import loading
 from genssm.data.loading import Shares, training_batches
 from genssm.errors import cli
+from genssm.models import MotionMambaFrames
 from genssm.tasks import PackedImageDenoising, build_task
 from genssm.training.checkpoint import resolve_pipeline
 from genssm.training.guard import NonFiniteError
@@ -250,6 +252,19 @@ def test_memory_savers(tmp_path: Path, pictures: Path) -> None:
     assert largest_difference(weights(plain, 7), weights(saving, 7)) < 1e-5
     half = run_train(tmp_path / "half", data, *SHORT, "train.mixed_precision=bf16", flags=FLAGS)
     assert all(np.isfinite(line["loss"]) for line in metrics(half))
+
+
+def test_more_graphs_than_torch_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of several scan counts, and rows of one clip or more, need more graphs than torch's own limit."""
+    compile_blocks = MotionMambaFrames.compile_repeated_blocks
+    eagerly = functools.partialmethod(compile_blocks, backend="eager")
+    monkeypatch.setattr(MotionMambaFrames, "compile_repeated_blocks", eagerly)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # fewer layers show the same
+    torch._dynamo.reset()
+    options = ("motion.pack_frames=96", "train.train_batch_size=2", "train.compile=true", "train.max_train_steps=3")
+    run = run_train(tmp_path / "run", *SHORT, *options, flags=("--quiet", "--config", str(MOTION)))
+    torch._dynamo.reset()
+    assert len(metrics(run)) == 3
 
 
 def test_not_a_number_is_explained(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
