@@ -7,13 +7,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from genssm import env
 from genssm.data.motion.bvh import read_bvh
 from genssm.data.motion.clips import joints_to_clip_features
 from genssm.data.motion.export import ENDINGS, save_motion
+from genssm.data.motion.folders import load_array
 from genssm.devices import device_option
 from genssm.metrics.motion_distances import jerk
 from genssm.motion import Skeleton
@@ -97,7 +97,7 @@ def read_frames(path: Path, skeleton: Skeleton, seconds: float, *, first: bool =
     if path.suffix.lower() == ".bvh":
         joints = read_bvh(path.read_text(encoding="utf-8", errors="replace"), str(path)).recording().to_joints(skeleton)
     elif path.suffix.lower() == ".npy":
-        joints = torch.from_numpy(np.load(path)).float()
+        joints = load_array(path, path).float()
     else:
         raise ValueError(f"{path}: frames are given as a .bvh file or joints as .npy")
     try:

@@ -46,6 +46,9 @@ def read_asf(text: str, source: str = "the ASF file") -> Acclaim:
     bones = {"root": Bone(channels=tuple(word.lower() for word in root.get("order", _ROOT_ORDER)))}
     for block in _blocks(sections.get("bonedata", [])):
         entries = {words[0]: words[1:] for words in map(str.split, block)}
+        absent = [key for key in ("name", "direction", "length", "axis") if not entries.get(key)]
+        if absent:
+            raise ValueError(f"{source}: a bone lacks its {absent[0]} (bone {' '.join(entries.get('name', ['?']))})")
         angles = torch.tensor([float(word) for word in entries["axis"][:3]], dtype=torch.float64) * radians
         order = entries["axis"][3] if len(entries["axis"]) > 3 else "XYZ"
         bones[entries["name"][0]] = Bone(

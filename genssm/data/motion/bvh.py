@@ -91,7 +91,10 @@ def read_bvh(text: str, source: str = "the BVH file") -> Bvh:
     head, found, motion = text.partition("MOTION")
     if not found or "HIERARCHY" not in head:
         raise ValueError(f"{source} is no BVH file: it needs the parts HIERARCHY and MOTION")
-    joints = _hierarchy(_TOKEN.findall(head), source)
+    try:
+        joints = _hierarchy(_TOKEN.findall(head), source)
+    except IndexError:  # a bracket too many, a line outside of all joints, or the end of the text within one
+        raise ValueError(f"{source}: brackets or lines of the hierarchy are missing") from None
     lines = motion.strip().splitlines()
     if len(lines) < 2:
         raise ValueError(f"{source} says neither how many frames it has nor how long they take")

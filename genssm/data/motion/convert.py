@@ -9,7 +9,7 @@ import torch
 
 from genssm.data.motion.clips import joints_to_clip_features, placed_joints
 from genssm.data.motion.export import ENDINGS, save_motion
-from genssm.data.motion.folders import describe_recording, with_lengths_from
+from genssm.data.motion.folders import describe_recording, load_array, with_lengths_from
 from genssm.data.motion.recording import JOINT_MAPS, JointMap
 from genssm.errors import cli
 from genssm.motion import SKELETONS, T2M, Skeleton, features_to_joints, skeleton_of_features
@@ -37,7 +37,7 @@ def read_motion(
     """
     array, skeleton = None, T2M
     if Path(path).suffix == ".npy" and Path(path).is_file():
-        array = torch.from_numpy(np.load(path).astype(np.float32))
+        array = load_array(path, path).float()
         if array.ndim == 2:
             skeleton = skeleton_of_features(array.shape[1])
         elif array.ndim == 3:
@@ -45,6 +45,8 @@ def read_motion(
     if lengths_from is not None:
         skeleton = with_lengths_from(skeleton, lengths_from)
     if array is not None and array.ndim == 2:
+        if joint_map is not None or fps is not None or up != "y":
+            raise ValueError(f"{path} holds features; --joint-map, --fps and --up are for recordings and joints")
         return features_to_joints(array, skeleton), skeleton
     return describe_recording(path).joints(skeleton, joint_map=joint_map, fps=fps, up=up), skeleton
 

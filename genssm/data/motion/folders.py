@@ -10,11 +10,15 @@ import hashlib
 import io
 import json
 import logging
+import lzma
 import re
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -52,6 +56,21 @@ class MotionFolder:
     skeleton: Skeleton
     statistics: FeatureStatistics | None
     class_names: tuple[str, ...]
+
+
+def load_array(file: str | Path | BinaryIO, name: str | Path) -> torch.Tensor:
+    """Numbers of a .npy file, float64.
+
+    Raises:
+        ValueError: it is none, or damaged; the message calls it ``name``.
+    """
+    try:
+        array = np.load(file)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive of arrays")
+        return torch.from_numpy(array.astype(np.float64))
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{name} holds no numbers as .npy, or is damaged: {error}") from None
 
 
 def class_names(labels: Iterable[str | None]) -> tuple[str, ...]:
@@ -92,7 +111,8 @@ def open_published(path: str | Path, split: str) -> MotionFolder:
         skeleton = skeleton_of_features(len(statistics.mean))
     labels = root / "labels.json"
     classes = json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else {}
-    ids = (root / f"{split}.txt").read_text(encoding="utf-8").split()
+    lines = (root / f"{split}.txt").read_text(encoding="utf-8").splitlines()
+    ids = [line.strip() for line in lines if line.strip()]  # a name may hold blanks
     clips = list(_published_clips(root, ids, skeleton.feature_dim, classes))
     if not clips:
         raise FileNotFoundError(f"none of the {len(ids)} clips of {root / split}.txt is in {root / 'new_joint_vecs'}")
@@ -126,7 +146,7 @@ def with_lengths_from(skeleton: Skeleton, source: str | Path) -> Skeleton:
         return replace(skeleton, bone_lengths=lengths)
     if path.suffix != ".npy":
         raise ValueError(f"{path}: bone lengths come from joints or features as .npy, a skeleton.json, or a folder")
-    clip = torch.from_numpy(np.load(path).astype(np.float64))
+    clip = load_array(path, path).double()
     shapes = {2: (skeleton.feature_dim,), 3: (skeleton.num_joints, 3)}
     if clip.shape[1:] != shapes.get(clip.ndim) or len(clip) == 0:
         raise ValueError(
@@ -161,7 +181,7 @@ def _published_clips(root: Path, ids: list[str], dim: int, classes: Mapping[str,
         if absent:
             missing.append(absent[0])
             continue
-        features = torch.from_numpy(np.load(vectors).astype(np.float32))
+        features = load_array(vectors, vectors).float()
         if features.ndim != 2 or features.shape[1] != dim:
             raise ValueError(f"{vectors} has shape {tuple(features.shape)}; expected (T, {dim})")
         captions = read_captions(texts.read_text(encoding="utf-8"), str(texts))
@@ -201,7 +221,7 @@ class Described:
         """Joints (T, J, 3) at the skeleton's frame rate, see :meth:`Recording.to_joints`; ``fps`` is that of a .npy."""
         found = self.read()
         if isinstance(found, torch.Tensor):
-            if found.ndim != 3 or found.shape[1:] != (skeleton.num_joints, 3):
+            if found.ndim != 3 or found.shape[1:] != (skeleton.num_joints, 3) or not len(found):
                 raise ValueError(f"{self.name} has shape {tuple(found.shape)}; expected (T, {skeleton.num_joints}, 3)")
             found = Recording(skeleton.joint_names, found.double(), fps or skeleton.fps, self.name)
             joint_map = {name: name for name in skeleton.joint_names}
@@ -217,17 +237,20 @@ class _Files:
 
     @classmethod
     def below(cls, root: Path) -> "_Files":
-        """All files of a folder and of the archives in it."""
+        """All files of a folder and of the archives in it; ValueError if one of these cannot be read."""
         files = cls(root)
         for path in sorted(p for p in root.rglob("*") if p.is_file()):
             if not path.name.endswith(ARCHIVES):
                 files.readers[path.relative_to(root).as_posix()] = path.read_bytes
                 continue
-            with tarfile.open(path) as archive:
-                for member in archive:
-                    if member.isfile():
-                        content = archive.extractfile(member).read()
-                        files.readers[member.name] = lambda content=content: content
+            try:
+                with tarfile.open(path) as archive:
+                    for member in archive:
+                        if member.isfile():
+                            content = archive.extractfile(member).read()
+                            files.readers[member.name] = lambda content=content: content
+            except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+                raise ValueError(f"archive {path} cannot be read: {error}") from None
         return files
 
     @classmethod
@@ -327,7 +350,7 @@ def _reader(files: _Files, name: str) -> Callable[[], Recording | torch.Tensor]:
     if suffix == ".amc":
         return lambda: read_amc(files.text(name), read_asf(*_skeleton_of(files, name)), source=name)
     if suffix == ".npy":
-        return lambda: torch.from_numpy(np.load(io.BytesIO(files.readers[name]())).astype(np.float64))
+        return lambda: load_array(io.BytesIO(files.readers[name]()), name)
     if suffix == ".txt":
         return lambda: read_expmap(files.text(name), name)
     raise ValueError(f"{name} is no recording that can be read (.bvh, .amc, .npy, exponential maps as .txt)")

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -53,12 +54,21 @@ def prepare(
         raise FileExistsError(f"{final} exists already; give another folder or remove it")
     skeleton.offsets()  # a skeleton without bone lengths makes no features
     recordings = describe_recordings(source)
+    _check_names(recordings, mirror)
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{final.name}_", dir=final.parent) as folder:
         out = Path(folder) / final.name  # complete, or not there at all
         count = _write(recordings, out, skeleton, mirror, quiet, joint_map=joint_map, fps=fps, up=up)
         out.rename(final)
     return count
+
+
+def _check_names(recordings: list[Described], mirror: bool) -> None:
+    """Refuse recordings that would be written into one file."""
+    names = [f"{image}{recording.name}" for recording in recordings for image in ("", "M")[: 2 if mirror else 1]]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"two recordings, or one and a mirror image, would be written as {twice[0]}; rename one")
 
 
 def _write(

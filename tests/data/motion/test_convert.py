@@ -33,6 +33,12 @@ def test_mistakes(joints: torch.Tensor, tmp_path: Path) -> None:
         main([str(tmp_path / "a.npy"), str(tmp_path / "a.gif"), "--features"])
     with pytest.raises(FileNotFoundError, match="joint map nowhere"):
         main([str(tmp_path / "a.npy"), str(tmp_path / "a.gif"), "--joint-map", "nowhere"])
+    np.save(tmp_path / "f.npy", np.zeros((5, 263)))
+    with pytest.raises(ValueError, match="holds features; --joint-map, --fps and --up are for recordings"):
+        main([str(tmp_path / "f.npy"), str(tmp_path / "a.gif"), "--fps", "30"])
+    (tmp_path / "e.npy").touch()
+    with pytest.raises(ValueError, match=r"e\.npy holds no numbers as \.npy"):
+        main([str(tmp_path / "e.npy"), str(tmp_path / "a.gif")])
     (tmp_path / "walk.amc").write_text("1\n")
     with pytest.raises(FileNotFoundError, match=r"walk\.asf"):
         main([str(tmp_path / "walk.amc"), str(tmp_path / "a.gif")])

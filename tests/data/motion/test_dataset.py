@@ -166,6 +166,31 @@ def test_prepared_folder_is_the_recordings(recordings: Path, tmp_path: Path) -> 
         prepare_main([str(recordings), str(tmp_path / "out")])
 
 
+def test_names_with_blanks_are_found_again_and_none_is_written_over(recordings: Path, tmp_path: Path) -> None:
+    (recordings / "index.csv").unlink()
+    (recordings / "clip0.npy").rename(recordings / "walk fast.npy")
+    prepare(recordings, tmp_path / "out", quiet=True)
+    made = build_motion_dataset(tmp_path / "out", "all", lengths=Lengths(longer="window"))
+    assert "walk fast" in [clip.name for clip in made.clips]
+    (recordings / "clip1.npy").rename(recordings / "Mwalk fast.npy")
+    with pytest.raises(ValueError, match="would be written as Mwalk fast; rename one"):
+        prepare(recordings, tmp_path / "second", mirror=True, quiet=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"years of work"])
+def test_damaged_recordings_are_named(content: bytes, recordings: Path, tmp_path: Path) -> None:
+    (recordings / "clip1.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"clip1\.npy holds no numbers as \.npy, or is damaged"):
+        build_motion_dataset(recordings, "all")
+    (recordings / "clip1.npy").unlink()
+    np.save(recordings / "clip1.npy", np.zeros((0, 22, 3)))
+    with pytest.raises(ValueError, match=r"clip1 has shape \(0, 22, 3\)"):
+        build_motion_dataset(recordings, "all")
+    (recordings / "more.tar.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"archive .*more\.tar\.gz cannot be read"):
+        describe_recordings(recordings)
+
+
 def test_captions_beside_recordings_and_from_names(recordings: Path) -> None:
     (recordings / "index.csv").unlink()
     (recordings / "clip0.txt").write_text("a person limps\n")

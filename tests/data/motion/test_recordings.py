@@ -59,6 +59,7 @@ def test_small_bvh_by_hand() -> None:
         (("MOTION", "MOVES"), "HIERARCHY and MOTION"),
         (("90 0 0  0 0 90", "90 0 0"), "15 numbers, not 2 frames of 9 channels"),
         (("JOINT", "JOIN"), "'JOIN' is not expected"),
+        (("MOTION", "}\nMOTION"), "brackets or lines of the hierarchy are missing"),
     ],
 )
 def test_broken_bvh(change: tuple[str, str], message: str) -> None:
@@ -176,6 +177,8 @@ end
         read_amc(frames.replace("leg 90\n", "arm 90\n").replace("arm", "leg", 1), read_asf(asf))
     with pytest.raises(ValueError, match="not all of bone 'leg'"):
         read_amc(frames.rpartition("leg")[0], read_asf(asf))
+    with pytest.raises(ValueError, match=r"a bone lacks its axis \(bone leg\)"):
+        read_asf(asf.replace("axis 0 0 0 XYZ\n", ""))
     with pytest.raises(ValueError, match="'foot' is unknown"):
         read_asf(asf.replace("root leg", "root leg foot"))
     with pytest.raises(ValueError, match="lines of 117"):
