@@ -1,11 +1,12 @@
 """A long run of every model in a small number type, several side by side, and one table of what became of the losses.
 
-    python -m benchmarks.soak --out runs/soak                    every configs/debug/*.yaml, 10,000 steps in bfloat16
+    python -m benchmarks.soak --out runs/soak                    all that bring their data, 10,000 steps in bfloat16
     python -m benchmarks.soak --out runs/soak --models zigma dim --steps 2000 --at-once 2
 
-Each run is ``train.py`` in a folder of its own, OUT/NAME, begun when the tokenizer or autoencoder that it works with is
-trained. It ends early at its first loss or gradient that is not finite. The same command goes on where it was stopped.
-The table, a line for each run with the mean loss of each part of it, is OUT/soak.md; exit code 1 if a run failed.
+Models are those of configs/debug/*.yaml. Each run is ``train.py`` in a folder of its own, OUT/NAME, begun when the
+tokenizer or autoencoder that it works with is trained. It ends early at its first loss or gradient that is not finite.
+The same command goes on where it was stopped. The table, a line for each run with the mean loss of each part of it, is
+OUT/soak.md; exit code 1 if a run failed.
 """
 
 import argparse
@@ -49,6 +50,11 @@ class Soak:
 def available() -> list[str]:
     """Names of the small configs."""
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def with_data() -> list[str]:
+    """Those of them that read no files of the user's."""
+    return [name for name in available() if load_config(CONFIGS / f"{name}.yaml").data.path is None]
 
 
 def vae_of(config: RunConfig) -> tuple[str, str | None]:
@@ -123,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs and the table")
-    parser.add_argument("--models", nargs="+", default=available(), metavar="NAME", help="of " + ", ".join(available()))
+    parser.add_argument("--models", nargs="+", default=with_data(), metavar="NAME", help="of " + ", ".join(available()))
     parser.add_argument("--steps", type=int, default=10_000, metavar="N", help="steps of each run")
     parser.add_argument("--parts", type=int, default=10, metavar="N", help="columns of the table")
     parser.add_argument("--mixed-precision", default="bf16", choices=("no", "fp16", "bf16"), help="as in training")

@@ -36,6 +36,14 @@ def test_a_run_that_fails_takes_those_that_need_it_along(tmp_path: Path) -> None
     assert "something else than a run" in found["vq"][1] and found["aim"][1] == "vq failed"
 
 
+def test_default_models_need_no_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    planned: list[soak.Soak] = []
+    monkeypatch.setattr(soak, "run_all", lambda soaks, at_once: planned.extend(soaks) or iter(()))
+    soak.main(["--out", str(tmp_path)])
+    names = {run.name for run in planned}
+    assert {"zigma", "aim", "vq"} <= names and "packed" not in names  # whose pictures are the user's
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [(["--models", "zigme"], "zigme: unknown; expected some of aim"), (["--steps", "15"], "steps in equal parts")],
