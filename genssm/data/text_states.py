@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from torch import nn
 
 from genssm.config import DataConfig, load_data_config
 from genssm.data import build_dataset
@@ -67,6 +68,28 @@ class TextStates:
         if self.states.shape[2] != width:
             raise ValueError(
                 f"{self.folder} has states of width {self.states.shape[2]}, model.args.context_dim is {width}"
+            )
+
+    @torch.no_grad()
+    def check_encoder(self, tokenizer: Any, encoder: nn.Module, device: torch.device | str) -> None:
+        """Refuse a folder that another encoder made, or with texts of another length: samples would not fit.
+
+        Raises:
+            ValueError: the folder's states of a caption are not the encoder's, or ``max_length`` differs.
+        """
+        made = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+        if made["max_length"] != tokenizer.model_max_length:
+            raise ValueError(
+                f"{self.folder} holds texts of up to {made['max_length']} tokens, the run's have "
+                f"{tokenizer.model_max_length}; set text.max_length to the former, or encode the data again"
+            )
+        text = max(self.row, key=len)
+        ours = encode_texts(tokenizer, encoder, [text], device)[0][0].float().cpu()  # (S, C)
+        kept = self([text])[0][0][: self.lengths[self.row[text]]]
+        if (ours[: len(kept)] - kept).norm() > 0.1 * kept.norm():
+            raise ValueError(
+                f"{self.folder} was made with another encoder ({made['encoder']}) than text.encoder; set that, or "
+                "encode the data again"
             )
 
     def __call__(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -111,6 +111,8 @@ class Captioned:
             self.states.check(captions, self.denoiser.config.context_dim)
         if not self.learned:
             self.text_encoder.to(device)
+        if self.states is not None:
+            self.states.check_encoder(self.tokenizer, self.text_encoder, device)
 
     @property
     def learned(self) -> bool:

@@ -58,6 +58,19 @@ def test_damaged_files_are_named(name: str, damage: str, cache: Path, tmp_path: 
         TextStates(folder)
 
 
+def test_another_encoder_is_refused(encoder: str, cache: Path) -> None:
+    states = TextStates(cache)
+    tokenizer, model = load_frozen_encoder(encoder)
+    states.check_encoder(tokenizer, model, "cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    with pytest.raises(ValueError, match=r"was made with another encoder \(.*t5\) than text\.encoder"):
+        states.check_encoder(tokenizer, model, "cpu")
+    with pytest.raises(ValueError, match="holds texts of up to 6 tokens, the run's have 4"):
+        states.check_encoder(*load_frozen_encoder(encoder, 4), "cpu")
+
+
 def test_folder_without_checksums_is_refused(cache: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(cache, tmp_path / "c")
     (folder / "meta.json").write_text('{"format_version": 1}')

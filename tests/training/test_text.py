@@ -163,6 +163,9 @@ def test_frozen_encoder_and_its_cache_train_the_same(tmp_path: Path) -> None:
     frozen = (f"text.encoder={encoder}", *FROZEN)
     plain = run_text(tmp_path / "plain", *frozen)
     cached = run_text(tmp_path / "cached", *frozen, f"text.cache={cache}")
+    shorter = ("text.args={}", "text.vocab_size=4096", "text.max_length=4", f"text.encoder={encoder}")
+    with pytest.raises(ValueError, match=r"holds texts of up to 6 tokens, the run's have 4; set text\.max_length"):
+        run_text(tmp_path / "shorter", *shorter, f"text.cache={cache}")
     difference = largest_difference(weights(plain, 12), weights(cached, 12))
     assert difference < 1e-5
     assert not any("text_encoder" in key for key in weights(plain, 12))
