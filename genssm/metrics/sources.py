@@ -145,7 +145,9 @@ def dataset_source(name: str, split: str, options: argparse.Namespace) -> Listed
     given = {key: value for key, value in given.items() if value is not None}
     file = Path(name) / "config.yaml" if Path(name).is_dir() else Path(name)
     if file.suffix in (".yaml", ".yml"):
-        config = replace(load_config(file).data, **given)
+        # Packed images are measured at one size, as a pipeline draws them without further words.
+        unpacked = {key: getattr(DataConfig, key) for key in ("pack_tokens", "min_resolution", "multiple")}
+        config = replace(load_config(file).data, **unpacked, **given)
     else:
         config = DataConfig(name=name, **given)
     dataset = build_dataset(config, split=split, flip=False)

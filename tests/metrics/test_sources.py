@@ -118,6 +118,9 @@ def test_data_set_of_a_run(tmp_path: Path) -> None:
         assert (image[:, 1:9, 1:9] == plain).all()
     larger = argparse.Namespace(**{**vars(OPTIONS), "resolution": 12})
     assert dataset_source(str(tmp_path), "test", larger).read(3)[0].shape == (3, 12, 12)
+    packed = "data: {name: digits, resolution: 12, pack_tokens: 64, min_resolution: 8, multiple: 4}\n"
+    (tmp_path / "config.yaml").write_text("model: {name: zigma, args: {}}\n" + packed)
+    assert dataset_source(str(tmp_path), "test", OPTIONS).read(3)[0].shape == (3, 12, 12)
     with pytest.raises(ValueError, match="not a data set"):
         dataset_source("digit", "test", OPTIONS)
 
