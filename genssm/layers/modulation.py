@@ -8,6 +8,9 @@ from genssm.kernels.add_norm import add_norm
 from genssm.layers.buffers import table_device
 from genssm.layers.packing import Packing
 
+# Asking any other kind of device, such as "meta", is an error; and torch 2.11 cannot ask in a compiled graph.
+_AUTOCASTING = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
+
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
     """Return ``x`` in float32, or unchanged when it is float64 (so that gradient checks in double precision work)."""
@@ -17,8 +20,7 @@ def upcast(x: torch.Tensor) -> torch.Tensor:
 def product_dtype(x: torch.Tensor) -> torch.dtype | None:
     """Type that autocast gives to what a matrix product reads beside ``x``; None where it changes nothing."""
     kind = x.device.type
-    known = torch.amp.is_autocast_available(kind)  # not on the meta device
-    if x.dtype == torch.float64 or not known or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or kind not in _AUTOCASTING or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
