@@ -2,15 +2,18 @@
 
     python -m benchmarks.models                     the sizes of the papers on a GPU, small versions on a CPU
     python -m benchmarks.models --models zigma:B/2 dim:L-256 --pixels 256 512 1024 --compile
+    python -m benchmarks.models --models zigma:B/2 --pixels 256                  the shortest that compares
 
 Inputs are latents of images (8 pixels to a latent). A batch holds ``--tokens`` tokens, so that every row works through
 the same number. The transformer is diffusers' DiTTransformer2DModel (scaled-dot-product attention). Weights stay
-float32; ``--dtype`` is the autocast type, as in training. A ratio above 1 means faster than the transformer.
+float32; ``--dtype`` is the autocast type, as in training. A ratio above 1 means faster than the transformer. Where the
+memory does not suffice a cell is "-", and the table goes on; ``--tokens`` makes the batches smaller.
 """
 
 import argparse
 import csv
 import gc
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ from diffusers import DiTTransformer2DModel
 
 from genssm.devices import device_option
 from genssm.errors import cli
-from genssm.kernels.benchmarking import hardware, milliseconds, peak_memory
+from genssm.kernels.benchmarking import attempt, hardware, milliseconds, peak_memory
 from genssm.models import DIM_PRESETS, DIMSUM_PRESETS, MODELS, ZIGMA_PRESETS
 
 PRESETS = {"dim": DIM_PRESETS, "dimsum": DIMSUM_PRESETS, "zigma": ZIGMA_PRESETS}
@@ -35,7 +38,7 @@ HEAD = ("pixels", "batch x tokens", "model", "parameters", "forward ms", "fwd+bw
 
 @dataclass
 class Row:
-    """One measured model at one size; times in milliseconds, memory in MiB beyond weights and inputs."""
+    """One measured model at one size; milliseconds, MiB beyond weights and inputs, NaN for what ran out of memory."""
 
     pixels: int
     batch: int
@@ -119,8 +122,14 @@ def measure(model: torch.nn.Module, batch: int, side: int, device: torch.device,
         run().float().square().mean().backward()
 
     def figure(of: Callable[..., float | None], call: Callable[[], None]) -> float | None:
-        call()  # kernels are built and optimised code is made before anything counts
-        return of(call, device)
+        def measured() -> float | None:
+            call()  # kernels are built and optimised code is made before anything counts
+            model.zero_grad(set_to_none=True)  # its gradients would hide those of the measured call
+            return of(call, device)
+
+        found = attempt(measured)
+        model.zero_grad(set_to_none=True)
+        return found
 
     return {
         "forward": figure(milliseconds, forward),
@@ -173,13 +182,12 @@ def lines(found: list[Row]) -> list[tuple[str, ...]]:
     for row in found:
         other = base[row.pixels, row.name.removeprefix("dit as ").removesuffix(", compiled")]
         memory = ("" if m is None else f"{m:,.0f}" for m in (row.forward_memory, row.both_memory))
-        table.append(
-            (
-                str(row.pixels), f"{row.batch} x {row.tokens}", row.name, f"{row.parameters / 1e6:.1f} M",
-                f"{row.forward:.1f}", f"{row.both:.1f}", f"{other.forward / row.forward:.2f}",
-                f"{other.both / row.both:.2f}", *memory,
-            )
+        cells = (
+            str(row.pixels), f"{row.batch} x {row.tokens}", row.name, f"{row.parameters / 1e6:.1f} M",
+            f"{row.forward:.1f}", f"{row.both:.1f}", f"{other.forward / row.forward:.2f}",
+            f"{other.both / row.both:.2f}", *memory,
         )  # fmt: skip
+        table.append(tuple("-" if cell == "nan" else cell for cell in cells))
     return table
 
 
@@ -195,7 +203,8 @@ def main(arguments: list[str] | None = None) -> None:
     found = []
     for row in rows(args):
         found.append(row)
-        print(f"{row.pixels}  {row.name}: {row.forward:.1f} ms forward, {row.both:.1f} ms with backward", flush=True)
+        figures = ("out of memory" if math.isnan(ms) else f"{ms:.1f} ms" for ms in (row.forward, row.both))
+        print(f"{row.pixels}  {row.name}: " + "{} forward, {} with backward".format(*figures), flush=True)
     table = lines(found)
     widths = [max(len(line[i]) for line in (HEAD, *table)) for i in range(len(HEAD))]
     print()

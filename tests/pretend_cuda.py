@@ -8,30 +8,52 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 CUDA = torch.device("cuda:0")
+_INSIDE = torch.device("lazy:0")
 _aten = torch.ops.aten
 _INDEXED = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default}  # indices may be on the CPU
+_WAITING = {_aten.nonzero.default, _aten._local_scalar_dense.default}
 _ONE_DEVICE = {_aten.cat.default, _aten.stack.default, _aten.index_select.default, _aten.index_copy_.default}
 
 
+_GENERATORS: set[int] = set()  # those on the GPU: operations get them without their class
 WAITS: list[str] = []  # what would have made the CPU wait for the GPU, or a captured graph fail
 
 
 class PretendTensor(torch.Tensor):
-    """A tensor whose ``device`` is a GPU and whose numbers lie in ``held``, on the CPU."""
+    """A tensor whose ``device`` is a GPU and whose numbers lie in ``held``, on the CPU.
+
+    PyTorch's own code is told of another device, "lazy": for CUDA its methods and its autograd would ask the driver.
+    """
 
     held: torch.Tensor
+    device = property(lambda self: CUDA)
+    is_cuda = property(lambda self: True)
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> "PretendTensor":
         size, offset = held.untyped_storage().nbytes() // held.itemsize, held.storage_offset()
         shell = torch.empty(size, dtype=held.dtype, device="meta").as_strided(held.shape, held.stride(), offset)
-        # Told to ask __torch_dispatch__ for its device, as PyTorch's own fake tensors are: no driver is asked.
-        tensor = torch.Tensor._make_subclass(cls, shell, False, dispatch_device=True, device_for_backend_keys=CUDA)
+        # Told to ask __torch_dispatch__ for its device, as PyTorch's own fake tensors are.
+        tensor = torch.Tensor._make_subclass(cls, shell, False, dispatch_device=True, device_for_backend_keys=_INSIDE)
         tensor.held = held
         return tensor
 
+    @property
+    def data(self) -> "PretendTensor":
+        """Its numbers without its history."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: "PretendTensor") -> None:
+        self.held = value.held
+        torch.Tensor.data.__set__(self, value)
+
     def __repr__(self) -> str:
         return f"PretendTensor({self.held})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A file gets the numbers; ``map_location`` has nothing to move when they are read."""
+        return self.held.__reduce_ex__(protocol)
 
     def tolist(self) -> Any:
         """Its numbers; PyTorch refuses those of a subclass."""
@@ -42,52 +64,23 @@ class PretendTensor(torch.Tensor):
         """Refused, as on a GPU."""
         raise TypeError(f"{CUDA} tensors have no arrays; copy them to the CPU first")
 
-    # In PyTorch the methods from here on set the device first, which takes a driver.
-
-    def __getitem__(self, index: Any) -> "PretendTensor":
-        if any(value.dtype == torch.bool for value in tree_flatten(index)[0] if isinstance(value, torch.Tensor)):
-            WAITS.append("index by mask")
-        return PretendTensor(self.held[_held(index)])
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.held[_held(index)] = _held(value)
-
-    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> "PretendTensor":
-        if not isinstance(source, PretendTensor):
-            WAITS.append("copy_")
-        self.held.copy_(_held(source))
-        return self
-
-    def __invert__(self) -> "PretendTensor":
-        return PretendTensor(~self.held)
-
-    def nonzero(self, **options: Any) -> Any:
-        WAITS.append("nonzero")
-        return tree_map_only(torch.Tensor, PretendTensor, self.held.nonzero(**options))
+    def data_ptr(self) -> int:
+        """Where its numbers lie."""
+        return self.held.data_ptr()
 
     def new_tensor(self, data: Any, **options: Any) -> "PretendTensor":
+        """Made on the CPU and copied, as on a GPU."""
         WAITS.append("new_tensor")
         return PretendTensor(self.held.new_tensor(data, **options))
 
-    def __float__(self) -> float:
-        WAITS.append("float")
-        return float(self.held)
-
-    def __int__(self) -> int:
-        WAITS.append("int")
-        return int(self.held)
-
-    def __bool__(self) -> bool:
-        WAITS.append("bool")
-        return bool(self.held)
-
-    def __index__(self) -> int:
-        WAITS.append("index")
-        return int(self.held)
-
-    def item(self) -> bool | int | float:
-        WAITS.append("item")
-        return self.held.item()
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Numbers are written where they lie: PyTorch would first make a tensor of them on the device "lazy"."""
+        if isinstance(value, torch.Tensor):
+            super().__setitem__(index, value)
+        elif self.requires_grad:
+            raise NotImplementedError("a number written into a tensor that has a gradient")
+        else:
+            self.held[_held(index)] = value
 
     @classmethod
     def __torch_dispatch__(
@@ -95,6 +88,20 @@ class PretendTensor(torch.Tensor):
     ) -> Any:
         """Outside of :class:`PretendCuda`, too, the tensors keep what they are."""
         return _run(func, args, dict(kwargs or {}))
+
+
+class PretendGenerator(torch.Generator):
+    """A generator that says it is on a GPU, and draws what one on the CPU does."""
+
+    def __new__(cls, device: torch.device | str = "cpu") -> "PretendGenerator":
+        generator = super().__new__(cls, "cpu")
+        (_GENERATORS.add if torch.device(device).type == CUDA.type else _GENERATORS.discard)(generator._cdata)
+        return generator
+
+    @property
+    def device(self) -> torch.device:
+        """Where it would be."""
+        return CUDA if self._cdata in _GENERATORS else torch.device("cpu")
 
 
 class PretendCuda(TorchDispatchMode):
@@ -105,13 +112,13 @@ class PretendCuda(TorchDispatchMode):
     def __enter__(self) -> "PretendCuda":
         self._lifts = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is a copy from the CPU
-        self._overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
-        torch.__future__.set_overwrite_module_params_on_conversion(True)  # module.to() puts new parameters in
+        self._generator, torch.Generator = torch.Generator, PretendGenerator
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
         torch._C._set_only_lift_cpu_tensors(self._lifts)
-        torch.__future__.set_overwrite_module_params_on_conversion(self._overwrites)
+        torch.Generator = self._generator
+        _GENERATORS.clear()
         super().__exit__(*error)
 
     def __torch_dispatch__(
@@ -123,21 +130,25 @@ class PretendCuda(TorchDispatchMode):
 
 def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if func is torch.ops.prim.device.default:
-        return CUDA
+        return _INSIDE
     tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
     on_cuda = any(isinstance(tensor, PretendTensor) for tensor in tensors)
     if kwargs.get("device") is not None:
-        on_cuda = torch.device(kwargs["device"]).type == "cuda"
+        on_cuda = torch.device(kwargs["device"]).type in (CUDA.type, _INSIDE.type)
         kwargs["device"] = torch.device("cpu") if on_cuda else kwargs["device"]
     elif func is _aten.copy_.default:
         on_cuda = isinstance(args[0], PretendTensor)
     elif on_cuda:
         _check(func, tensors)
     generator = kwargs.get("generator")
-    if generator is not None and on_cuda:
-        raise RuntimeError(f"{func}: a generator on {generator.device} draws for a tensor on {CUDA}")
-    if func is _aten.nonzero.default or any(isinstance(tensor, PretendTensor) != on_cuda for tensor in tensors[:1]):
+    if generator is not None and (generator._cdata in _GENERATORS) != on_cuda:
+        one, other = ("cpu", CUDA) if on_cuda else (CUDA, "cpu")
+        raise RuntimeError(f"{func}: a generator on {one} draws for a tensor on {other}")
+    from_both = any(isinstance(t, PretendTensor) != on_cuda for t in tensors[: 2 if func is _aten.copy_.default else 1])
+    if (on_cuda and func in _WAITING) or from_both:
         WAITS.append(str(func))
+    if func in _INDEXED and any(index is not None and index.dtype == torch.bool for index in args[1]):
+        WAITS.append("index by mask")
     held_args, held_kwargs = _held((args, kwargs))
     out = func(*held_args, **held_kwargs)
     if not on_cuda:

@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import models, motion_frames
 from genssm.kernels import benchmarking
@@ -24,6 +25,25 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert 0 < float(row["forward ms"]) < float(row["fwd+bwd ms"])
         if row["model"].startswith("dit"):
             assert row["x fwd"] == row["x both"] == "1.00"
+
+
+def test_out_of_memory(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that does not fit says so, and the next ones are measured."""
+    monkeypatch.setattr(benchmarking, "_SECONDS", 0.0)
+    backward = torch.Tensor.backward
+
+    def small(loss: torch.Tensor) -> None:
+        if not seen:
+            seen.append(loss)
+            raise torch.OutOfMemoryError("no memory")
+        backward(loss)
+
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "backward", small)
+    models.main([*SMALL, "--models", "zigma:B/2", "--pixels", "64"])
+    out = capsys.readouterr().out
+    assert "forward, out of memory with backward" in out and "| -" in out and "nan" not in out
+    assert "dit as zigma:B/2: " in out
 
 
 @pytest.mark.parametrize(

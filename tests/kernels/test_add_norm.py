@@ -19,6 +19,7 @@ from genssm.kernels.add_norm import add_norm
 from genssm.kernels.add_norm.benchmark import check_backends
 from tests.kernels.problems import TOLERANCE, Problem, poisoned, rms_error
 from tests.kernels.test_triton_compile import TARGETS, Caught, compile_for, resources
+from tests.kernels.test_triton_interpreter import cannot_interpret
 
 triton_missing = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 LOW = ("x", "gate", "weight", "bias", "shift", "scale")  # the stream keeps float32 beside half types
@@ -291,7 +292,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
 }
 
 
-@triton_missing
+@pytest.mark.skipif(cannot_interpret() is not None, reason=str(cannot_interpret()))
 def test_in_the_interpreter() -> None:
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}

@@ -90,7 +90,8 @@ CASES: dict[str, dict[str, Case]] = {
 }
 
 
-def _can_interpret() -> str | None:
+def cannot_interpret() -> str | None:
+    """Why loops of kernels cannot be interpreted here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     import triton
@@ -101,7 +102,7 @@ def _can_interpret() -> str | None:
     return None
 
 
-@pytest.mark.skipif(_can_interpret() is not None, reason=str(_can_interpret()))
+@pytest.mark.skipif(cannot_interpret() is not None, reason=str(cannot_interpret()))
 @pytest.mark.parametrize("group", CASES)
 def test_parity_in_the_interpreter(group: str) -> None:
     root = Path(__file__).resolve().parents[2]
