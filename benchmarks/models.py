@@ -11,7 +11,6 @@ memory does not suffice a cell is "-", and the table goes on; ``--tokens`` makes
 """
 
 import argparse
-import csv
 import gc
 import math
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from diffusers import DiTTransformer2DModel
 
 from genssm.devices import device_option
 from genssm.errors import cli
-from genssm.kernels.benchmarking import attempt, hardware, milliseconds, peak_memory
+from genssm.kernels.benchmarking import attempt, hardware, milliseconds, peak_memory, print_table
 from genssm.models import DIM_PRESETS, DIMSUM_PRESETS, MODELS, ZIGMA_PRESETS
 
 PRESETS = {"dim": DIM_PRESETS, "dimsum": DIMSUM_PRESETS, "zigma": ZIGMA_PRESETS}
@@ -205,14 +204,8 @@ def main(arguments: list[str] | None = None) -> None:
         found.append(row)
         figures = ("out of memory" if math.isnan(ms) else f"{ms:.1f} ms" for ms in (row.forward, row.both))
         print(f"{row.pixels}  {row.name}: " + "{} forward, {} with backward".format(*figures), flush=True)
-    table = lines(found)
-    widths = [max(len(line[i]) for line in (HEAD, *table)) for i in range(len(HEAD))]
     print()
-    for line in (HEAD, tuple("-" * width for width in widths), *table):
-        print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |")
-    if args.csv:
-        with args.csv.open("w", newline="") as file:
-            csv.writer(file).writerows((HEAD, *table))
+    print_table(HEAD, lines(found), args.csv)
 
 
 if __name__ == "__main__":

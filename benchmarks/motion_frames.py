@@ -10,7 +10,6 @@ the numbers of parameters equal. A ratio above 1 means faster than attention.
 """
 
 import argparse
-import csv
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from diffusers import DDIMScheduler
 
 from genssm.devices import device_option
 from genssm.errors import cli
-from genssm.kernels.benchmarking import hardware, peak_memory
+from genssm.kernels.benchmarking import hardware, peak_memory, print_table
 from genssm.models import MLD, MotionMambaFrames
 from genssm.motion import T2M
 from genssm.pipelines import TextToMotionPipeline
@@ -126,13 +125,8 @@ def main(arguments: list[str] | None = None) -> None:
     for line in rows(args):
         table.append(line)
         print(f"{line[0]} frames  {line[1]}: {line[4]} s", flush=True)
-    widths = [max(len(line[i]) for line in (HEAD, *table)) for i in range(len(HEAD))]
     print()
-    for line in (HEAD, tuple("-" * width for width in widths), *table):
-        print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |")
-    if args.csv:
-        with args.csv.open("w", newline="") as file:
-            csv.writer(file).writerows((HEAD, *table))
+    print_table(HEAD, table, args.csv)
 
 
 if __name__ == "__main__":

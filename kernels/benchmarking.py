@@ -211,6 +211,16 @@ def hardware(device: torch.device, threads: int) -> str:
     return f"{where}; torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
 
 
+def print_table(head: Sequence[str], lines: Sequence[Sequence[str]], path: Path | None) -> None:
+    """Print a table in Markdown, its columns aligned; write it as CSV to ``path``, if that is given."""
+    widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
+    for line in (head, tuple("-" * width for width in widths), *lines):
+        print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |")
+    if path is not None:
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows((head, *lines))
+
+
 def report(rows: list[Row], baseline: str, path: Path | None) -> None:
     """Print the table, one shape after the other, with ratios to the slowest-known way; write it as CSV on request."""
     head = ("shape", "what", "forward ms", "fwd+bwd ms", "G el/s fwd", "G el/s both", "x fwd", "x both", "peak MiB")
@@ -222,13 +232,8 @@ def report(rows: list[Row], baseline: str, path: Path | None) -> None:
         memory = "" if row.memory is None else f"{row.memory:.0f}"
         cells = (row.shape, row.name, f"{row.forward:.2f}", f"{row.both:.2f}", *speeds, *ratios, memory)
         lines.append(tuple("-" if cell == "nan" else cell for cell in cells))
-    widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
-    for line in (head, tuple("-" * width for width in widths), *lines):
-        print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |")
+    print_table(head, lines, path)
     if any(row.name == baseline for row in rows):
         print(f"x: times faster than {baseline!r} of the same shape")
     if any(math.isnan(row.both) for row in rows):
         print("-: out of memory")
-    if path is not None:
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerows((head, *lines))

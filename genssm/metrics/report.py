@@ -1,5 +1,6 @@
 """The report of an evaluation: a number with everything that it depends on, and what may be compared with what."""
 
+import argparse
 import json
 import logging
 import platform
@@ -325,3 +326,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def add_result_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say what is written, and those that compare two reports instead."""
+    out = parser.add_argument_group("results")
+    out.add_argument("--report", type=Path, metavar="OUT.json", help="write the report")
+    out.add_argument("--save-stats", type=Path, metavar="FILE.npz", help="write the statistics of the reference")
+    out.add_argument("--with-features", action="store_true", help="... with every feature, for the kernel distance")
+    out.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="compare two reports and do nothing else")
+    out.add_argument(
+        "--allow", action="append", default=[], metavar="FIELD", help="protocol field that may differ in --compare"
+    )

@@ -100,14 +100,7 @@ def parser() -> argparse.ArgumentParser:
     draw.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts in turn, for a model that reads text")
     draw.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from; default: no text")
     add_data_options(result)
-    out = result.add_argument_group("results")
-    out.add_argument("--report", type=Path, metavar="OUT.json", help="write the report")
-    out.add_argument("--save-stats", type=Path, metavar="FILE.npz", help="write the statistics of the reference")
-    out.add_argument("--with-features", action="store_true", help="... with every feature, for the kernel distance")
-    out.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="compare two reports and do nothing else")
-    out.add_argument(
-        "--allow", action="append", default=[], metavar="FIELD", help="protocol field that may differ in --compare"
-    )
+    reports.add_result_options(result)
     return result
 
 
