@@ -26,9 +26,11 @@ from genssm.kernels.selective_scan.triton_tiles import (
     only,
     over_channels,
     over_states,
+    prefetch,
     row_at,
     sigmoid,
     softplus,
+    steps_rows,
     store_tile,
     sum_channels,
     sum_states,
@@ -335,6 +337,7 @@ def scan_backward_kernel(
     GROUP_CHANNELS: tl.constexpr,
     STATES: tl.constexpr,
     CHUNK: tl.constexpr,
+    PREFETCH: tl.constexpr,
     UNROLL: tl.constexpr,
     EC: tl.constexpr,
     NI: tl.constexpr,
@@ -414,9 +417,12 @@ def scan_backward_kernel(
                 else:
                     adjoint = tl.zeros([EC, NI, NL, EL], tl.float32)
 
-                g_at = grad + row_batch * g_b + k64 * g_k + (origin * g_e + zero) + ev * g_e
-                u_at = u + row_batch * u_b + k64 * u_k + (origin * u_e + zero) + ev * u_e
-                d_at = delta + row_batch * d_b + k64 * d_k + (origin * d_e + zero) + ev * d_e
+                g_near = grad + row_batch * g_b + k64 * g_k + (origin * g_e + zero)
+                g_at = g_near + ev * g_e
+                u_near = u + row_batch * u_b + k64 * u_k + (origin * u_e + zero)
+                u_at = u_near + ev * u_e
+                d_near = delta + row_batch * d_b + k64 * d_k + (origin * d_e + zero)
+                d_at = d_near + ev * d_e
                 b_shift = row_batch * b_b + k64 * b_k + group * b_g
                 c_shift = row_batch * c_b + k64 * c_k + group * c_g
                 if ALIGNED:
@@ -426,12 +432,16 @@ def scan_backward_kernel(
                 c_at = c + c_shift + nv * c_n
                 du_at = du + row_batch * du_b + k64 * du_k + (origin + zero) + ev
                 dd_at = ddelta + row_batch * dd_b + k64 * dd_k + (origin + zero) + ev
-                du_sum_at = du_sum + row_batch * du_b + (origin + zero) + ev
-                dd_sum_at = ddelta_sum + row_batch * dd_b + (origin + zero) + ev
+                du_sum_near = du_sum + row_batch * du_b + (origin + zero)
+                du_sum_at = du_sum_near + ev
+                dd_sum_near = ddelta_sum + row_batch * dd_b + (origin + zero)
+                dd_sum_at = dd_sum_near + ev
                 if z is not None:
-                    z_at = z + row_batch * z_b + k64 * z_k + (origin * z_e + zero) + ev * z_e
+                    z_near = z + row_batch * z_b + k64 * z_k + (origin * z_e + zero)
+                    z_at = z_near + ev * z_e
                     dz_at = dz + row_batch * dz_b + k64 * dz_k + (origin + zero) + ev
-                    dz_sum_at = dz_sum + row_batch * dz_b + (origin + zero) + ev
+                    dz_sum_near = dz_sum + row_batch * dz_b + (origin + zero)
+                    dz_sum_at = dz_sum_near + ev
                 slot = ((block_program * batch + row_batch) * directions + k64) * length
                 db_at = db + (slot * GROUPS + group) * STATES + nv
                 dc_at = dc + (slot * GROUPS + group) * STATES + nv
@@ -439,8 +449,25 @@ def scan_backward_kernel(
                 kept = saved + (row_batch * directions + k64) * chunks * (STATES * CHANNELS) + (origin + zero)
                 low = first // CHUNK + segment * segment_chunks
                 high = tl.minimum(low + segment_chunks, tl.cdiv(end, CHUNK))
+                bottom = tl.maximum(low * CHUNK, first)
+                top = tl.maximum(tl.minimum(high * CHUNK, end), bottom + 1)
+                columns = tl.minimum(GROUP_CHANNELS - inside, BLOCK)
+                if PREFETCH:
+                    rows_near = steps_rows(order, (high - 1) * CHUNK + tl.arange(0, CHUNK), bottom, top, WIDE)
                 for back in range(high - low):
                     chunk = high - 1 - back
+                    if PREFETCH:  # what the second walk reads, while the first one runs
+                        prefetch(g_near, rows_near, g_l, g_e, columns, BLOCK)
+                        prefetch(c + c_shift, rows_near, c_l, c_n, STATES, NI * NL)
+                        if z is not None:
+                            prefetch(z_near, rows_near, z_l, z_e, columns, BLOCK)
+                        if ADD_U:
+                            prefetch(du_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
+                        if ADD_DELTA:
+                            prefetch(dd_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
+                        if ADD_Z:
+                            prefetch(dz_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
+                        rows_near = steps_rows(order, (chunk - 1) * CHUNK + tl.arange(0, CHUNK), bottom, top, WIDE)
                     start = tl.maximum(chunk * CHUNK, first)
                     stop = tl.minimum((chunk + 1) * CHUNK, end)
                     trips = tl.cdiv(stop - start, UNROLL)
@@ -475,6 +502,10 @@ def scan_backward_kernel(
                             h = tl.exp2(over_states(step) * a2) * h + added
                     store_tile(scratch_at + (trips - 1) * TILE, h, all_lanes, EC, NI, NL, EL)
                     tl.debug_barrier()  # another lane may read back what this one wrote
+                    if PREFETCH:  # what the first walk of the next chunk reads
+                        prefetch(u_near, rows_near, u_l, u_e, columns, BLOCK)
+                        prefetch(d_near, rows_near, d_l, d_e, columns, BLOCK)
+                        prefetch(b + b_shift, rows_near, b_l, b_n, STATES, NI * NL)
                     for trip_back in range(trips):
                         trip = trips - 1 - trip_back
                         base = start + trip * UNROLL

@@ -19,9 +19,11 @@ from genssm.kernels.selective_scan.triton_tiles import (
     only,
     over_channels,
     over_states,
+    prefetch,
     row_at,
     sigmoid,
     softplus,
+    steps_rows,
     store_tile,
     sum_states,
     tile_channels,
@@ -132,6 +134,8 @@ def scan_forward_kernel(
     GROUP_CHANNELS: tl.constexpr,
     STATES: tl.constexpr,
     CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PREFETCH: tl.constexpr,
     UNROLL: tl.constexpr,
     EC: tl.constexpr,
     NI: tl.constexpr,
@@ -203,8 +207,10 @@ def scan_forward_kernel(
         if OUTPUT & (skip is not None):
             skip_e = load_vector(skip + k64 * skip_k + origin + ev, ev_mask)
 
-        u_at = u + row_batch * u_b + k64 * u_k + (origin * u_e + zero) + ev * u_e
-        d_at = delta + row_batch * d_b + k64 * d_k + (origin * d_e + zero) + ev * d_e
+        u_near = u + row_batch * u_b + k64 * u_k + (origin * u_e + zero)
+        d_near = delta + row_batch * d_b + k64 * d_k + (origin * d_e + zero)
+        u_at = u_near + ev * u_e
+        d_at = d_near + ev * d_e
         b_shift = row_batch * b_b + k64 * b_k + group * b_g
         c_shift = row_batch * c_b + k64 * c_k + group * c_g
         if ALIGNED:  # lets a lane fetch its states of B and C with wide loads
@@ -214,73 +220,93 @@ def scan_forward_kernel(
         c_at = c + c_shift + nv * c_n
         if OUTPUT:
             if z is not None:
-                z_at = z + row_batch * z_b + k64 * z_k + (origin * z_e + zero) + ev * z_e
+                z_near = z + row_batch * z_b + k64 * z_k + (origin * z_e + zero)
+                z_at = z_near + ev * z_e
             out_at = out + row_batch * out_b + k64 * out_k + (origin + zero) + ev
             kept = saved + (row_batch * directions + k64) * chunks * (STATES * CHANNELS) + (origin + zero)
             if ACCUMULATE:
-                sum_at = partial + row_batch * out_b + (origin + zero) + ev
+                sum_near = partial + row_batch * out_b + (origin + zero)
+                sum_at = sum_near + ev
         total = tl.zeros([EC, EL], tl.float32)
 
         low = first // CHUNK + segment * segment_chunks
         high = tl.minimum(low + segment_chunks, tl.cdiv(end, CHUNK))
+        bottom = tl.maximum(low * CHUNK, first)
+        top = tl.maximum(tl.minimum(high * CHUNK, end), bottom + 1)
+        columns = tl.minimum(GROUP_CHANNELS - inside, BLOCK)
+        if PREFETCH:
+            rows_ahead = steps_rows(order, bottom + WINDOW + tl.arange(0, WINDOW), bottom, top, WIDE)
         for chunk in range(low, high):
             if OUTPUT:
                 store_tile(
                     kept + chunk * (STATES * CHANNELS) + own, h, only(own_mask, chunk * CHUNK >= first), EC, NI, NL, EL
                 )
             stop = tl.minimum((chunk + 1) * CHUNK, end)
-            for base in range(tl.maximum(chunk * CHUNK, first), stop, UNROLL):
-                # All loads of the trip before its arithmetic: a store may alias them, so nothing moves them up later.
-                rows = ()
-                seen = ()
-                us = ()
-                ds = ()
-                zs = ()
-                bs = ()
-                cs = ()
-                sums = ()
-                for i in tl.static_range(UNROLL):
-                    live = base + i < stop
-                    row = row_at(order, tl.minimum(base + i, stop - 1), WIDE)  # past the end: the last step again
-                    e_mask = ev_mask
-                    n_mask = nv_mask
-                    if lengths is not None:  # padding may hold anything
-                        live = live & (row < limit)
-                        e_mask = only(ev_mask, live)
-                        n_mask = only(nv_mask, live)
-                    rows = rows + (row,)
-                    seen = seen + (live,)
-                    us = us + (load_vector(u_at + row * u_l, e_mask),)
-                    ds = ds + (load_vector(d_at + row * d_l, e_mask),)
-                    bs = bs + (load_vector(b_at + row * b_l, n_mask),)
+            for window in range(tl.maximum(chunk * CHUNK, first), stop, WINDOW):
+                if PREFETCH:  # what the next window reads, and the rows of the one after it
+                    prefetch(u_near, rows_ahead, u_l, u_e, columns, BLOCK)
+                    prefetch(d_near, rows_ahead, d_l, d_e, columns, BLOCK)
+                    prefetch(b + b_shift, rows_ahead, b_l, b_n, STATES, NI * NL)
                     if OUTPUT:
-                        cs = cs + (load_vector(c_at + row * c_l, n_mask),)
+                        prefetch(c + c_shift, rows_ahead, c_l, c_n, STATES, NI * NL)
                         if z is not None:
-                            zs = zs + (load_vector(z_at + row * z_l, e_mask),)
+                            prefetch(z_near, rows_ahead, z_l, z_e, columns, BLOCK)
                         if ACCUMULATE:
-                            sums = sums + (load_vector(sum_at + row * CHANNELS, only(ev_mask, k64 > 0)),)
-                for i in tl.static_range(UNROLL):
-                    step = ds[i]
-                    if bias is not None:
-                        step = step + bias_e
-                    if SOFTPLUS:
-                        step = softplus(step)
-                    step = tl.where(seen[i], step, 0.0)
-                    h = tl.exp2(over_states(step) * a2) * h + over_states(step * us[i]) * over_channels(bs[i])
-                    if OUTPUT:
-                        y = sum_states(h * over_channels(cs[i]))
-                        if skip is not None:
-                            y = y + skip_e * us[i]
-                        if z is not None:
-                            y = y * zs[i] * sigmoid(zs[i])
-                        mask = only(ev_mask, base + i < stop)
-                        if ACCUMULATE:
-                            y = y + sums[i]
-                            tl.store(sum_at + rows[i] * CHANNELS, y, mask=only(mask, k64 < directions - 1))
-                            mask = only(mask, k64 == directions - 1)
-                        tl.store(out_at + rows[i] * CHANNELS, y.to(out.dtype.element_ty), mask=mask)
-                    else:
-                        total = total + step
+                            prefetch(sum_near, rows_ahead, CHANNELS, 1, columns, BLOCK)
+                    rows_ahead = steps_rows(order, window + 2 * WINDOW + tl.arange(0, WINDOW), bottom, top, WIDE)
+                past = tl.minimum(window + WINDOW, stop)
+                for base in range(window, past, UNROLL):
+                    # All loads of the trip before its arithmetic: a store may alias them, so nothing moves them up later.
+                    rows = ()
+                    seen = ()
+                    us = ()
+                    ds = ()
+                    zs = ()
+                    bs = ()
+                    cs = ()
+                    sums = ()
+                    for i in tl.static_range(UNROLL):
+                        live = base + i < past
+                        row = row_at(order, tl.minimum(base + i, past - 1), WIDE)  # past the end: the last step again
+                        e_mask = ev_mask
+                        n_mask = nv_mask
+                        if lengths is not None:  # padding may hold anything
+                            live = live & (row < limit)
+                            e_mask = only(ev_mask, live)
+                            n_mask = only(nv_mask, live)
+                        rows = rows + (row,)
+                        seen = seen + (live,)
+                        us = us + (load_vector(u_at + row * u_l, e_mask),)
+                        ds = ds + (load_vector(d_at + row * d_l, e_mask),)
+                        bs = bs + (load_vector(b_at + row * b_l, n_mask),)
+                        if OUTPUT:
+                            cs = cs + (load_vector(c_at + row * c_l, n_mask),)
+                            if z is not None:
+                                zs = zs + (load_vector(z_at + row * z_l, e_mask),)
+                            if ACCUMULATE:
+                                sums = sums + (load_vector(sum_at + row * CHANNELS, only(ev_mask, k64 > 0)),)
+                    for i in tl.static_range(UNROLL):
+                        step = ds[i]
+                        if bias is not None:
+                            step = step + bias_e
+                        if SOFTPLUS:
+                            step = softplus(step)
+                        step = tl.where(seen[i], step, 0.0)
+                        h = tl.exp2(over_states(step) * a2) * h + over_states(step * us[i]) * over_channels(bs[i])
+                        if OUTPUT:
+                            y = sum_states(h * over_channels(cs[i]))
+                            if skip is not None:
+                                y = y + skip_e * us[i]
+                            if z is not None:
+                                y = y * zs[i] * sigmoid(zs[i])
+                            mask = only(ev_mask, base + i < past)
+                            if ACCUMULATE:
+                                y = y + sums[i]
+                                tl.store(sum_at + rows[i] * CHANNELS, y, mask=only(mask, k64 < directions - 1))
+                                mask = only(mask, k64 == directions - 1)
+                            tl.store(out_at + rows[i] * CHANNELS, y.to(out.dtype.element_ty), mask=mask)
+                        else:
+                            total = total + step
 
         if OUTPUT:
             written = only(own_mask, segment == segments - 1)

@@ -19,7 +19,9 @@ from genssm.kernels.triton_launch import device_of, first_steps, named, processo
 
 _NAME = "selective_scan"
 _LANES = 32
-_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
+_WINDOW = 8  # steps that are prefetched at a time
+_FORWARD_REGISTERS = 160  # of a lane; without a limit the compiler stops at 128 and waits more
+_BACKWARD_REGISTERS = 168  # twelve programs on a multiprocessor are worth some spilled registers
 _ENOUGH = 6  # programs per multiprocessor from which on time is not split
 _WANTED = 16  # programs per multiprocessor to aim at when it is
 _SEGMENT_CHUNKS = 4  # shortest segment worth its second pass
@@ -56,9 +58,11 @@ def saved_shape(
     return batch, directions, (length + chunk - 1) // chunk, states, channels
 
 
-def forward_tile(states: int, block_e: int | None = None, state_lanes: int | None = None) -> Tile:
-    """Up to 32 states in a lane, so that most sums over states need no shuffle."""
+def forward_tile(channels: int, states: int, block_e: int | None = None, state_lanes: int | None = None) -> Tile:
+    """Up to 32 states in a lane, so that most sums over states need no shuffle; two channels where that wastes none."""
     padded = _power_of_two(states)
+    if block_e is None and padded <= 16 and channels % (2 * _LANES) == 0:
+        block_e = 2 * _LANES
     return _tile(padded, state_lanes or max(1, padded // 32), block_e)
 
 
@@ -106,7 +110,7 @@ def scan_forward(
     states, groups = A.shape[-1], B.shape[3]
     directions = directions_of(orders, u, delta, A, B, C, D, z, delta_bias)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    tile = forward_tile(states, block_e, state_lanes)
+    tile = forward_tile(channels // groups, states, block_e, state_lanes)
     group_blocks = tile.blocks(channels // groups)
     saved = u.new_empty(saved_shape(batch, directions, length, channels, states, sequences), dtype=torch.float32)
     chunks = saved.shape[2]
@@ -178,9 +182,11 @@ def scan_forward(
             "STATES": states,
             "WIDE": wide(u, delta, B, C, z, out),
             "CHUNK": chunk_steps(states),
+            "WINDOW": _WINDOW,
+            "PREFETCH": _can_prefetch(u.device),
             "UNROLL": unroll or 4,
             **dataclasses.asdict(tile),
-            **_OPTIONS,
+            **_options(_FORWARD_REGISTERS),
         }
         grid = (groups * group_blocks * plan.direction_programs * plan.segments * sequences,)
         if plan.segments > 1:
@@ -236,9 +242,10 @@ def scan_backward(
     _, directions, chunks, _, _ = saved.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tile = backward_tile(states, block_e, state_lanes)
+    unroll = unroll or 2
     group_blocks = tile.blocks(channels // groups)
     if block_programs is None:
-        block_programs = _block_programs(group_blocks, groups, channels, states, sequences, u.device)
+        block_programs = _block_programs(group_blocks, groups, channels, states)
     shared = [x is not None and x.shape[1] == 1 for x in (u, delta, z)]
     summed = directions > 1 and any(shared)
     plan = _split(sequences * groups * block_programs, directions, summed, chunks, cu_seqlens, segments, u.device)
@@ -292,19 +299,19 @@ def scan_backward(
                 "STATES": states,
                 "WIDE": wide(u, delta, B, C, z, g, db),
                 "CHUNK": chunk,
-                "UNROLL": unroll or 4,
+                "UNROLL": unroll,
                 **dataclasses.asdict(tile),
-                **_OPTIONS,
             }
             carry = None
             if plan.segments > 1:
                 carry = new(sequences, directions, plan.segments, states, channels)
                 decay = new(sequences, directions, plan.segments, channels)
                 grid = (groups * group_blocks * plan.segments * sequences * directions,)
-                scan_adjoint_kernel[grid](carry=carry, decay=decay, **inputs)
+                scan_adjoint_kernel[grid](carry=carry, decay=decay, **inputs, **_options())
                 _chain(carry, decay, a, grad_last_state, tile, reverse=True)
             scan_backward_kernel[(programs,)](
                 **inputs,
+                **_options(_BACKWARD_REGISTERS),
                 grad_last=grad_last_state,
                 saved=saved,
                 u=u,
@@ -314,7 +321,7 @@ def scan_backward(
                 first_steps=first_steps(orders, cu_seqlens, length, directions),
                 borders=cu_seqlens,
                 carry=carry,
-                scratch=new(programs, chunk // (unroll or 4), tile.channels * tile.NI * tile.NL),
+                scratch=new(programs, chunk // unroll, tile.channels * tile.NI * tile.NL),
                 du=per_token[0].final,
                 ddelta=per_token[1].final,
                 dz=per_token[2].final,
@@ -345,6 +352,7 @@ def scan_backward(
                 ADD_U=per_token[0].in_turn,
                 ADD_DELTA=per_token[1].in_turn,
                 ADD_Z=per_token[2].in_turn,
+                PREFETCH=_can_prefetch(u.device),
             )
     du, ddelta, dz = (x.result() for x in per_token)
     dA = _sum(da, A.shape[0]).transpose(-1, -2).to(A.dtype).contiguous()
@@ -411,14 +419,20 @@ def _split(
     return _Split(directions, -(-chunks // segment_chunks), segment_chunks)
 
 
-def _block_programs(
-    group_blocks: int, groups: int, channels: int, states: int, sequences: int, device: torch.device
-) -> int:
-    """As few as fill the device, and no more than the memory for partial dB and dC allows."""
+def _block_programs(group_blocks: int, groups: int, channels: int, states: int) -> int:
+    """As many as the memory for partial dB and dC allows: a program of several blocks reads back and adds."""
     memory = _PARTIAL_BYTES * channels // (8 * states * groups)
-    wanted = -(-_WANTED * processors(device) // max(1, sequences * groups))
-    programs = max(1, min(group_blocks, memory, wanted))
+    programs = max(1, min(group_blocks, memory))
     return -(-group_blocks // (-(-group_blocks // programs)))
+
+
+def _options(registers: int | None = None) -> dict[str, int | bool]:
+    options = {"num_warps": 1, "enable_fp_fusion": True}
+    return options if registers is None or torch.version.hip else {**options, "maxnreg": registers}
+
+
+def _can_prefetch(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, tile: Tile, reverse: bool) -> None:
@@ -438,7 +452,7 @@ def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, tile: T
         STATES=states,
         UNROLL=4,
         **dataclasses.asdict(tile),
-        **_OPTIONS,
+        **_options(),
     )
 
 

@@ -162,3 +162,36 @@ def below(index, size, EXACT: tl.constexpr):
     else:
         mask = index < size
     return mask
+
+
+@triton.jit
+def steps_rows(orders, steps, low, high, WIDE: tl.constexpr):
+    """Rows of a vector of steps, those outside of [low, high) taken as the nearest inside."""
+    steps = tl.maximum(tl.minimum(steps, high - 1), low)
+    if orders is None:
+        rows = steps
+    else:
+        rows = tl.load(orders + steps)
+    if WIDE:
+        rows = rows.to(tl.int64)
+    return rows
+
+
+@triton.jit
+def prefetch(base, rows, row_stride, column_stride, columns, WIDTH: tl.constexpr):
+    """Bring ``columns`` (at most WIDTH) elements of each of the rows into the nearest cache, on NVIDIA devices.
+
+    Asked for some steps before a loop reads these rows, which then waits for no memory and needs no registers for
+    what lies ahead.
+    """
+    EACH: tl.constexpr = 256 // base.dtype.element_ty.primitive_bitwidth  # a cache loads 32 bytes at a time
+    SECTORS: tl.constexpr = (WIDTH + EACH - 1) // EACH
+    column = tl.minimum(tl.arange(0, SECTORS) * EACH, columns - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [base + (rows[:, None] * row_stride + column[None, :] * column_stride)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

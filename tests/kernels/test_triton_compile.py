@@ -208,7 +208,7 @@ def test_registers_suffice() -> None:
     found = {}
     for kernel, arguments in scan_launches(states=16, channels=1536, length=8) + conv_launches(4, channels=1536):
         found[kernel.__name__] = resources(compile_for(kernel, arguments, ("cuda", 90, 32)))
-    assert found["scan_forward_kernel"]["REG"] <= 128
+    assert found["scan_forward_kernel"]["REG"] <= 160
     assert found["scan_backward_kernel"]["STACK"] <= 512
     for name in ("scan_forward_kernel", "conv_forward_kernel", "conv_backward_kernel"):
         assert found[name]["STACK"] <= 8
