@@ -20,7 +20,6 @@ from genssm.kernels.selective_scan.triton_tiles import (
     over_channels,
     over_states,
     prefetch,
-    row_at,
     sigmoid,
     softplus,
     steps_rows,
@@ -30,6 +29,7 @@ from genssm.kernels.selective_scan.triton_tiles import (
     tile_mask,
     tile_offsets,
     tile_states,
+    trip_rows,
     vector_channels,
     vector_states,
 )
@@ -242,7 +242,9 @@ def scan_forward_kernel(
                     kept + chunk * (STATES * CHANNELS) + own, h, only(own_mask, chunk * CHUNK >= first), EC, NI, NL, EL
                 )
             stop = tl.minimum((chunk + 1) * CHUNK, end)
-            for window in range(tl.maximum(chunk * CHUNK, first), stop, WINDOW):
+            start = tl.maximum(chunk * CHUNK, first)
+            next_rows = trip_rows(order, start, stop, WIDE, UNROLL)
+            for window in range(start, stop, WINDOW):
                 if PREFETCH:  # what the next window reads, and the rows of the one after it
                     prefetch(u_near, rows_ahead, u_l, u_e, columns, BLOCK)
                     prefetch(d_near, rows_ahead, d_l, d_e, columns, BLOCK)
@@ -256,8 +258,9 @@ def scan_forward_kernel(
                     rows_ahead = steps_rows(order, window + 2 * WINDOW + tl.arange(0, WINDOW), bottom, top, WIDE)
                 past = tl.minimum(window + WINDOW, stop)
                 for base in range(window, past, UNROLL):
-                    # All loads of the trip before its arithmetic: a store may alias them, so nothing moves them up later.
-                    rows = ()
+                    # All loads of the trip before its arithmetic: a store may alias them, so nothing moves them up.
+                    rows = next_rows
+                    next_rows = trip_rows(order, base + UNROLL, stop, WIDE, UNROLL)
                     seen = ()
                     us = ()
                     ds = ()
@@ -267,14 +270,13 @@ def scan_forward_kernel(
                     sums = ()
                     for i in tl.static_range(UNROLL):
                         live = base + i < past
-                        row = row_at(order, tl.minimum(base + i, past - 1), WIDE)  # past the end: the last step again
+                        row = rows[i]
                         e_mask = ev_mask
                         n_mask = nv_mask
                         if lengths is not None:  # padding may hold anything
                             live = live & (row < limit)
                             e_mask = only(ev_mask, live)
                             n_mask = only(nv_mask, live)
-                        rows = rows + (row,)
                         seen = seen + (live,)
                         us = us + (load_vector(u_at + row * u_l, e_mask),)
                         ds = ds + (load_vector(d_at + row * d_l, e_mask),)

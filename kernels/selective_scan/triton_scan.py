@@ -19,10 +19,11 @@ from genssm.kernels.triton_launch import device_of, first_steps, named, processo
 
 _NAME = "selective_scan"
 _LANES = 32
-_WINDOW = 8  # steps that are prefetched at a time
+_WINDOW = 4  # steps that are prefetched at a time
 _FORWARD_REGISTERS = 160  # of a lane; without a limit the compiler stops at 128 and waits more
+_BACKWARD_RESIDENT = 12  # programs of the backward on a multiprocessor
 _BACKWARD_REGISTERS = 168  # twelve programs on a multiprocessor are worth some spilled registers
-_ENOUGH = 6  # programs per multiprocessor from which on time is not split
+_FORWARD_ENOUGH, _BACKWARD_ENOUGH = 4, 6  # programs per multiprocessor from which on time is not split
 _WANTED = 16  # programs per multiprocessor to aim at when it is
 _SEGMENT_CHUNKS = 4  # shortest segment worth its second pass
 _PARTIAL_BYTES = 4  # bytes of partial dB and dC per token and channel to stay under where the device stays full
@@ -116,7 +117,8 @@ def scan_forward(
     chunks = saved.shape[2]
     last = u.new_empty(sequences, directions, channels, states, dtype=torch.float32)
     summed = reduce_sum and directions > 1
-    plan = _split(sequences * groups * group_blocks, directions, summed, chunks, cu_seqlens, segments, u.device)
+    programs = sequences * groups * group_blocks
+    plan = _split(programs, directions, summed, chunks, cu_seqlens, segments, _FORWARD_ENOUGH, u.device)
     in_turn = summed and plan.direction_programs == 1
     out = u.new_empty((batch, length, channels) if reduce_sum else (batch, directions, length, channels))
     target = out
@@ -248,11 +250,12 @@ def scan_backward(
         block_programs = _block_programs(group_blocks, groups, channels, states)
     shared = [x is not None and x.shape[1] == 1 for x in (u, delta, z)]
     summed = directions > 1 and any(shared)
-    plan = _split(sequences * groups * block_programs, directions, summed, chunks, cu_seqlens, segments, u.device)
+    programs = sequences * groups * block_programs
+    plan = _split(programs, directions, summed, chunks, cu_seqlens, segments, _BACKWARD_ENOUGH, u.device)
     works = sequences * plan.segments
     work_programs = works
     if plan.segments == 1:
-        wanted = _WANTED * processors(u.device)
+        wanted = _BACKWARD_RESIDENT * processors(u.device)
         work_programs = min(works, -(-wanted // (groups * block_programs * plan.direction_programs)))
         work_programs = -(-works // -(-works // max(work_programs, 1))) if works else 0
     programs = block_programs * groups * plan.direction_programs * work_programs
@@ -402,10 +405,11 @@ def _split(
     chunks: int,
     cu_seqlens: Tensor | None,
     segments: int | None,
+    enough: int,
     device: torch.device,
 ) -> _Split:
     """Share directions and time out to programs, of which batch and channels give ``programs`` already."""
-    enough = _ENOUGH * processors(device)
+    enough *= processors(device)
     if summed and (segments == 1 or (segments is None and programs >= enough)):
         return _Split(1, 1, chunks)
     if segments is None:

@@ -12,6 +12,8 @@ memory, and with an offset ``zero`` of unknown divisibility, which keeps it from
 The numbers of channels and states are constants of a compiled kernel; lengths and batch sizes are not.
 """
 
+# ruff: noqa: RUF005 - Triton's compiler knows no starred tuples
+
 import triton
 import triton.language as tl
 
@@ -162,6 +164,15 @@ def below(index, size, EXACT: tl.constexpr):
     else:
         mask = index < size
     return mask
+
+
+@triton.jit
+def trip_rows(orders, base, stop, WIDE: tl.constexpr, UNROLL: tl.constexpr):
+    """Rows of the UNROLL steps from ``base`` on; past the end, the last step again."""
+    rows = ()
+    for i in tl.static_range(UNROLL):
+        rows = rows + (row_at(orders, tl.minimum(base + i, stop - 1), WIDE),)
+    return rows
 
 
 @triton.jit

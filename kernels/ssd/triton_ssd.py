@@ -125,7 +125,7 @@ def ssd_forward(
                 b=B,
                 carry=carry,
                 decay=decay,
-                **_options(tile.NB * tile.PB <= 1024),
+                **_options(tile, width, walk=True),
             )
             _chain(carry, decay, initial_state, reverse=False)
         ssd_forward_kernel[(programs * segments,)](
@@ -146,7 +146,7 @@ def ssd_forward(
             sequences=sequences,
             chunks=chunks,
             SEGMENTED=segments > 1,
-            **_options(tile.NB * tile.PB <= 1024),
+            **_options(tile, width, walk=True),
         )
     if target is not out:
         torch.sum(target, dim=1, out=out)
@@ -230,10 +230,10 @@ def ssd_backward(
                 parts["carry"] = new(sequences, directions, segments, heads, states, width)
                 parts["decay"] = new(sequences, directions, segments, heads)
                 grid = (programs * segments,)
-                ssd_adjoint_kernel[grid](**arguments, **parts, LOCAL=True, **_options(walk.NB * walk.PB <= 1024))
+                ssd_adjoint_kernel[grid](**arguments, **parts, LOCAL=True, **_options(walk, width, walk=True))
                 _chain(parts["carry"], parts["decay"], grad_last, reverse=True)
             ssd_adjoint_kernel[(programs * segments,)](
-                **arguments, **parts, LOCAL=False, **_options(walk.NB * walk.PB <= 1024)
+                **arguments, **parts, LOCAL=False, **_options(walk, width, walk=True)
             )
             arguments.update(
                 saved=saved,
@@ -257,10 +257,10 @@ def ssd_backward(
                 **named("dx", "bk", per_token[0].strides),
                 **named("dd", "bk", per_token[1].strides),
                 **named("dz", "bk", per_token[2].strides),
-                **_options(),
+                **_options(tile, width),
             )
             ssd_maps_kernel[(works * directions * groups * slots,)](
-                **arguments, db=db, dc=dc, batch=batch, slots=slots, **_options()
+                **arguments, db=db, dc=dc, batch=batch, slots=slots, **_options(tile, width)
             )
     dx, ddt, dz = (t.result() for t in per_token)
     dB, dC = (_sum(part.sum(0), t.shape[1], 1).to(t.dtype) for part, t in ((db, B), (dc, C)))
@@ -324,9 +324,14 @@ def _only(kernel, arguments: dict) -> dict:
     return {name: value for name, value in arguments.items() if name in kernel.arg_names}
 
 
-def _options(small: bool = False) -> dict[str, int | bool]:
-    """Eight warps where four would spill more; without a limit given, ptxas at times settles for 32 registers."""
-    options = {"num_warps": 4 if small else 8, "num_stages": 1, "enable_fp_fusion": True}
+def _options(tile: Tile, width: int, walk: bool = False) -> dict[str, int | bool]:
+    """Eight warps where four would spill more; without a limit given, ptxas at times settles for 32 registers.
+
+    Two for narrow heads: with four and more, Triton 3.6 multiplies by warp groups on Hopper, and products with a whole
+    head of 16 or 32 channels came out wrong.
+    """
+    warps = 2 if width <= 32 else 4 if walk and tile.NB * tile.PB <= 1024 else 8
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
     return options if torch.version.hip else {**options, "maxnreg": 255}
 
 

@@ -12,7 +12,7 @@ from tests.kernels.problems import Case, check_parity, conv_problem, rms_error, 
 
 pytestmark = pytest.mark.gpu
 HALF = dict.fromkeys(("u", "delta", "z", "B", "C", "x", "dt"), torch.bfloat16)
-HALF_PRODUCTS = 1e-2  # of the matrix products of ssd in bfloat16
+HALF_PRODUCTS = 1.5e-2  # of the matrix products of ssd in bfloat16
 
 
 @pytest.mark.parametrize("states", [1, 2, 5, 8, 16, 32, 64, 128, 256])
@@ -52,7 +52,7 @@ def test_segments(segments: int, order: str | None, monkeypatch: pytest.MonkeyPa
     from genssm.kernels.selective_scan import triton_scan
 
     split = triton_scan._split
-    monkeypatch.setattr(triton_scan, "_split", lambda *given: split(*given[:5], segments, given[6]))
+    monkeypatch.setattr(triton_scan, "_split", lambda *given: split(*given[:5], segments, *given[6:]))
     case = Case(length=300, channels=70, states=16, directions=2, order=order, own="u", initial=True)
     check_parity(selective_scan, scan_problem, case, "triton", "cuda")
 

@@ -123,10 +123,12 @@ def _force(name: str, patch: pytest.MonkeyPatch) -> None:
     from genssm.kernels.ssd import triton_ssd
 
     if name == "segments":
-        patch.setattr(triton_scan, "_ENOUGH", 10**6)
+        patch.setattr(triton_scan, "_FORWARD_ENOUGH", 10**6)
+        patch.setattr(triton_scan, "_BACKWARD_ENOUGH", 10**6)
         patch.setattr(triton_scan, "_SEGMENT_CHUNKS", 1)
     if name == "in turn":
-        patch.setattr(triton_scan, "_ENOUGH", 0)
+        patch.setattr(triton_scan, "_FORWARD_ENOUGH", 0)
+        patch.setattr(triton_scan, "_BACKWARD_ENOUGH", 0)
     if name == "blocks in turn":
         patch.setattr(triton_scan, "_PARTIAL_BYTES", 0)
     if name == "long offsets":
