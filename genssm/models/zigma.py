@@ -105,7 +105,8 @@ class ZigMaBlock(nn.Module):
             (B, L, D), float32.
         """
         batch, length, width = hidden_states.shape
-        shift, scale, gate, *cross = self.modulation(conditioning, packing, activated=True)  # (B, 1, D) or (1, L, D) each
+        # (B, 1, D) or (1, L, D) each
+        shift, scale, gate, *cross = self.modulation(conditioning, packing, activated=True)
         y, x = self.norm(hidden_states, shift, scale, return_normed=True)  # (B, L, D) each
         if self.axis == "space":
             y = self.mixer(y.reshape(batch * frames, -1, width), order).reshape(batch, length, width)
