@@ -34,6 +34,7 @@ from genssm.layers import (
     upcast,
 )
 from genssm.layers.buffers import table_device
+from genssm.layers.modulation import product_dtype
 from genssm.layers.positions import ConvPositions, rotary_table, rotate
 from genssm.layers.transformer import MLP, AttentionBlock, CrossFusion, zero_bias_linear
 from genssm.layers.wavelets import BlockCosine, FourierMixing, WaveletPacking, cell_major_order
@@ -142,6 +143,7 @@ class DiMSUMBlock(nn.Module):
         Returns:
             ``hidden_states`` and ``residual`` for the next block.
         """
+        conditioning = conditioning.to(product_dtype(conditioning) or conditioning.dtype)  # once for three products
         shift, scale, gate = self.spatial.modulation(conditioning, activated=True)  # (B, 1, D/2) each
         # The spatial branch written out: the norm modulates its half in its own pass, and zeros leave the other half.
         zeros = torch.zeros_like(shift)

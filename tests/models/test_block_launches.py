@@ -27,7 +27,7 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "dim": (DiM, {"num_classes": 5}),
 }
 # Launches of one block, forward and backward; for DiM of two, with a long skip between them.
-LAUNCHES = {"zigma": (22, 34), "zigma-text": (33, 52), "dimsum": (83, 125), "dim": (44, 72)}
+LAUNCHES = {"zigma": (22, 34), "zigma-text": (33, 52), "dimsum": (81, 123), "dim": (44, 70)}
 # Operations whose result has an element for each token and channel, forward.
 PASSES = {
     # gate, inner skip, residual with stochastic depth
