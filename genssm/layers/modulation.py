@@ -148,12 +148,15 @@ class Modulation(nn.Module):
             nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, conditioning: torch.Tensor, packing: Packing | None = None) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self, conditioning: torch.Tensor, packing: Packing | None = None, *, activated: bool = False
+    ) -> tuple[torch.Tensor, ...]:
         """Map ``conditioning`` (B, D) to ``num_chunks`` tensors (B, 1, chunk_size) that broadcast over tokens.
 
         With ``packing``, where B samples share one row: to tensors (1, L, chunk_size), each token that of its sample.
+        ``activated`` says that SiLU(c) is given, which a model with many blocks computes once for all of them.
         """
-        chunks = self.linear(F.silu(conditioning))[:, None]
+        chunks = self.linear(conditioning if activated else F.silu(conditioning))[:, None]
         return (chunks if packing is None else packing.per_token(chunks)).chunk(self.num_chunks, dim=-1)
 
 
@@ -178,14 +181,20 @@ class DropPath(nn.Module):
         keep = torch.tensor(1.0 - rate, device=table_device()) if rate else None
         self.keep = None if keep is None else nn.Buffer(keep, persistent=False)
 
-    def forward(self, x: torch.Tensor, packing: Packing | None = None) -> torch.Tensor:
-        """Drop samples of ``x`` (B, ...), or of the row (1, L, D) of a ``packing``; the identity in evaluation mode."""
+    def forward(
+        self, x: torch.Tensor, packing: Packing | None = None, *, stream: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Drop samples of ``x`` (B, ...), or of the row (1, L, D) of a ``packing``; the identity in evaluation mode.
+
+        With ``stream``, float32 of the shape of ``x``: add what is left to it, without a pass over memory of its own.
+        """
         if not self.training or self.keep is None:
-            return x
+            return x if stream is None else stream + x
         samples = x.shape[0] if packing is None else packing.cu_seqlens.shape[0] - 1
         draws = torch.rand((samples,) + (1,) * (x.dim() - 1), device=x.device)
         draws = draws if packing is None else packing.per_token(draws)
-        return x * ((draws < self.keep) / self.keep).to(x.dtype)
+        factor = ((draws < self.keep) / self.keep).to(x.dtype)
+        return x * factor if stream is None else torch.addcmul(stream, x, factor)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

@@ -17,7 +17,8 @@ def zero_bias_linear(in_features: int, out_features: int) -> nn.Linear:
 
 def split_heads(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Split (B, L, 3 D) into queries, keys and values, (B, heads, L, D / heads) each."""
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    # By chunks, not along a new dimension: their gradients are then joined in one pass, in the layout of ``qkv``.
+    q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
     return q, k, v
 
 
@@ -126,4 +127,5 @@ class CrossFusion(nn.Module):
         from_spatial = F.scaled_dot_product_attention(q_s, k_f, v_s if self.swap_keys else v_f)
         from_frequency = F.scaled_dot_product_attention(q_f, k_s, v_f if self.swap_keys else v_s)
         pair = [from_frequency, from_spatial] if self.swap_keys else [from_spatial, from_frequency]
-        return self.proj(torch.cat(pair, dim=1).transpose(1, 2).flatten(2))  # (B, L, D)
+        pair = [y.transpose(1, 2).flatten(2) for y in pair]  # (B, L, D/2) each, as they lie in memory
+        return self.proj(torch.cat(pair, dim=-1))  # (B, L, D)

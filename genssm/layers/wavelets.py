@@ -109,7 +109,9 @@ class WaveletPacking(nn.Module):
     def __init__(self, levels: int = 2) -> None:
         super().__init__()
         self.side = 2**levels
-        self.register_buffer("matrix", haar_matrix(levels), persistent=False)
+        matrix = haar_matrix(levels)
+        self.register_buffer("analysis", matrix / self.side, persistent=False)
+        self.register_buffer("synthesis", matrix.T * self.side, persistent=False)
 
     def forward(self, tokens: torch.Tensor, grid: tuple[int, int], inverse: bool = False) -> torch.Tensor:
         """Transform and pack, or unpack and transform back.
@@ -129,9 +131,9 @@ class WaveletPacking(nn.Module):
         if inverse:
             residues = tokens.reshape(tokens.shape[0], -1, area, channels).transpose(2, 3)  # (B, n, C, F^2)
             bands = residues.reshape(*residues.shape[:2], area, channels)  # (B, n, F^2 bands, C)
-            return from_cells((self.matrix.T * self.side).to(bands.dtype) @ bands, grid, self.side)
+            return from_cells(self.synthesis.to(bands.dtype) @ bands, grid, self.side)
         cells = to_cells(tokens, grid, self.side)  # (B, n, F^2, C)
-        bands = (self.matrix / self.side).to(cells.dtype) @ cells  # (B, n, F^2 bands, C)
+        bands = self.analysis.to(cells.dtype) @ cells  # (B, n, F^2 bands, C)
         residues = bands.reshape(*bands.shape[:2], channels, area)  # (B, n, C, F^2 tokens)
         return residues.transpose(2, 3).reshape(tokens.shape)
 

@@ -329,7 +329,8 @@ class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             token_sum = token_sum + masked_mean(token_text, mask)
         if self.config.duplicate_condition_tokens:
             condition = condition + condition[::-1]
-        modulation = torch.cat(self.modulation(c), dim=1)  # (B, 3, D)
+        # In the type of the tables, so that the gradients of all blocks meet without a cast each.
+        modulation = torch.cat(self.modulation(c), dim=1).to(dtype)  # (B, 3, D)
 
         split = self.num_condition_tokens
         front = upcast(torch.stack(condition, dim=1)) + self.positions[:, :split]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
@@ -33,6 +34,7 @@ from genssm.layers import (
     upcast,
 )
 from genssm.layers.buffers import table_device
+from genssm.layers.modulation import product_dtype
 from genssm.layers.positions import ConvPositions, rotary_table, rotate
 from genssm.layers.transformer import MLP, AttentionBlock, CrossFusion, zero_bias_linear
 from genssm.layers.wavelets import BlockCosine, FourierMixing, WaveletPacking, cell_major_order
@@ -64,8 +66,8 @@ class Branch(nn.Module):
         self.cond_proj = _cond_proj(conditioning_size, mixer["expand"] * hidden_size) if cond_proj else None
 
     def forward(self, x: torch.Tensor, conditioning: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        """Mix ``x`` (B, L, d), conditioned on (B, D), along ``order`` (L,) or (2, L); returns (B, L, d)."""
-        shift, scale, gate = self.modulation(conditioning)  # (B, 1, d) each
+        """Mix ``x`` (B, L, d), conditioned on SiLU(c) (B, D), along ``order`` (L,) or (2, L); returns (B, L, d)."""
+        shift, scale, gate = self.modulation(conditioning, activated=True)  # (B, 1, d) each
         return x + gate * self.mixer(modulate(x, shift, scale), order)
 
 
@@ -133,7 +135,7 @@ class DiMSUMBlock(nn.Module):
         Args:
             hidden_states: output of the block before, (B, L, D).
             residual: residual stream, (B, L, D), float32; None in the first block.
-            conditioning: (B, D).
+            conditioning: SiLU of the conditioning vector, (B, D).
             grid: (gh, gw).
             order: of the spatial branch, (L,) or (2, L), raster indices.
             frequency_order: of the frequency branch, (L,) or (2, L), rows of the transformed tokens.
@@ -141,15 +143,20 @@ class DiMSUMBlock(nn.Module):
         Returns:
             ``hidden_states`` and ``residual`` for the next block.
         """
-        residual, u = _accumulate(self.norm, residual, self.drop_path(hidden_states))  # (B, L, D) each
-        u_1, u_2 = u.chunk(2, dim=-1)  # (B, L, D/2) each
-        spatial = self.spatial(u_1, conditioning, order)
+        conditioning = conditioning.to(product_dtype(conditioning) or conditioning.dtype)  # once for three products
+        shift, scale, gate = self.spatial.modulation(conditioning, activated=True)  # (B, 1, D/2) each
+        # The spatial branch written out: the norm modulates its half in its own pass, and zeros leave the other half.
+        zeros = torch.zeros_like(shift)
+        wide = (torch.cat([vector, zeros], dim=-1) for vector in (shift, scale))
+        residual, y, u = _accumulate(self.norm, residual, self.drop_path(hidden_states), *wide)  # (B, L, D) each
+        (y_1, y_2), (u_1, u_2) = y.chunk(2, dim=-1), u.chunk(2, dim=-1)  # (B, L, D/2) each
+        spatial = u_1 + gate * self.spatial.mixer(y_1, order)
         if self.transform is None:
             frequency = self.frequency(u_2)
         else:
-            packed = self.frequency(self.transform(u_2, grid), conditioning, frequency_order)
+            packed = self.frequency(self.transform(y_2, grid), conditioning, frequency_order)
             frequency = self.transform(packed, grid, inverse=True)
-        shift, scale, gate = self.modulation(conditioning)
+        shift, scale, gate = self.modulation(conditioning, activated=True)
         v, y = self.norm_2(u, shift, scale, add=self.fusion(spatial, frequency))
         return v + gate * self.mlp(y), residual
 
@@ -201,11 +208,15 @@ class DiMSUMLinearBlock(nn.Module):
         frequency_order: None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As :meth:`DiMSUMBlock.forward`; there is no second order."""
-        residual, u = _accumulate(self.norm, residual, self.drop_path(hidden_states))  # (B, L, D) each
-        if self.transform is not None:
+        shift, scale, gate, *mlp = self.modulation(conditioning, activated=True)  # (B, 1, D) each
+        x = self.drop_path(hidden_states)
+        if self.transform is None:
+            residual, y, u = _accumulate(self.norm, residual, x, shift, scale)  # (B, L, D) each
+        else:
+            residual, u = _accumulate(self.norm, residual, x)
             u = self.transform(u, grid)
-        shift, scale, gate, *mlp = self.modulation(conditioning)  # (B, 1, D) each
-        y = self.mixer(modulate(u, shift, scale), order)
+            y = modulate(u, shift, scale)
+        y = self.mixer(y, order)
         if self.mlp is not None:
             shift, scale, mlp_gate = mlp
             u, y = self.norm_2(u, shift, scale, add=y, gate=gate)
@@ -431,7 +442,8 @@ class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         context, mask = read_text(*text, batch, self.context_embed, self.null_context)  # (B, S, D), (B, S)
         if context is not None:
             c = c + masked_mean(context, mask)
-        x = self.patch_embed(hidden_states)  # (B, L, D)
+        # Token by token in memory: the stream keeps the layout it begins with, and the convolution's is by channels.
+        x = self.patch_embed(hidden_states).contiguous()  # (B, L, D)
         if self.positions is not None:
             x = x + resize_positions(self.positions, self.native_grid, grid, mode="bicubic")
         elif self.conv_positions is not None:
@@ -441,10 +453,10 @@ class DiMSUM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         else:
             x = x + fixed_positions.to(x.dtype)
 
-        residual = None
+        residual, activated = None, F.silu(c)  # once for the modulation of all blocks
         for i, block in enumerate(self.blocks):
             frequency_order = None if frequency_orders is None else frequency_orders[i % len(frequency_orders)]
-            x, residual = self._run(block, x, residual, c, grid, orders[i % len(orders)], frequency_order)  # (B, L, D)
+            x, residual = self._run(block, x, residual, activated, grid, orders[i % len(orders)], frequency_order)
             every = self.config.attention_every
             if every and (i + 1) % every == 0:
                 use = 0 if self.config.shared_attention else (i + 1) // every - 1
@@ -548,12 +560,23 @@ def _cond_proj(in_features: int, out_features: int) -> nn.Linear:
     return zero_bias_linear(in_features, out_features).requires_grad_(False)
 
 
-def _accumulate(norm: Norm, residual: torch.Tensor | None, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The residual stream with ``x`` added, float32, and its norm; ``x`` begins a stream that is None."""
-    if residual is None:
-        residual = upcast(x)
-        return residual, norm(residual)
-    return norm(residual, add=x)
+def _accumulate(
+    norm: Norm,
+    residual: torch.Tensor | None,
+    x: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """The residual stream with ``x`` added, float32, and its norm, modulated and before that where it is modulated.
+
+    ``x`` begins a stream that is None.
+    """
+    both = scale is not None
+    if residual is not None:
+        return norm(residual, shift, scale, add=x, return_normed=both)
+    residual = upcast(x)
+    found = norm(residual, shift, scale, return_normed=both)
+    return residual, *(found if both else (found,))
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:

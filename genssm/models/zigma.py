@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from diffusers import CacheMixin, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
@@ -92,7 +93,7 @@ class ZigMaBlock(nn.Module):
 
         Args:
             hidden_states: residual stream (B, L, D), float32.
-            conditioning: (B, D).
+            conditioning: SiLU of the conditioning vector, (B, D).
             order: permutation of what the mixer walks along: (L,), (N,) or (F,); (2, L) with two directions.
             frames: F.
             context: text tokens (B, S, D).
@@ -104,7 +105,8 @@ class ZigMaBlock(nn.Module):
             (B, L, D), float32.
         """
         batch, length, width = hidden_states.shape
-        shift, scale, gate, *cross = self.modulation(conditioning, packing)  # (B, 1, D) or (1, L, D) each
+        # (B, 1, D) or (1, L, D) each
+        shift, scale, gate, *cross = self.modulation(conditioning, packing, activated=True)
         y, x = self.norm(hidden_states, shift, scale, return_normed=True)  # (B, L, D) each
         if self.axis == "space":
             y = self.mixer(y.reshape(batch * frames, -1, width), order).reshape(batch, length, width)
@@ -119,7 +121,7 @@ class ZigMaBlock(nn.Module):
             shift, scale, cross_gate = cross
             x, y = self.cross_norm(x, shift, scale, add=y, gate=gate)
             y, gate = self.cross_attn(y, context, context_mask), cross_gate
-        return hidden_states + self.drop_path(x + gate * y, packing)
+        return self.drop_path(x + gate * y, packing, stream=hidden_states)  # (B, L, D)
 
 
 class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
@@ -332,6 +334,7 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             c = c + masked_mean(context, mask)
             if packing is not None:
                 context, mask = packing.join_context(context, mask)
+        c = F.silu(c)  # once for the modulation of all blocks
 
         for block, row in zip(self.blocks, self.layer_orders):
             order = frame_orders if block.axis == "time" else token_orders
@@ -356,7 +359,8 @@ class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         grid = self._token_grid(*hidden_states.shape[-2:])
         token_orders, frame_orders, fixed_positions = self._layout_for(frames, grid, hidden_states.device)
         images = hidden_states.flatten(0, 1) if hidden_states.dim() == 5 else hidden_states  # (B F, C, H, W)
-        x = upcast(self.patch_embed(images)).reshape(len(hidden_states), frames * math.prod(grid), -1)
+        # Token by token in memory: the stream keeps the layout it begins with, and the convolution's is by channels.
+        x = upcast(self.patch_embed(images).contiguous()).reshape(len(hidden_states), frames * math.prod(grid), -1)
         if self.positions is not None:
             x = x + resize_positions(self.positions, *self._position_grids(frames, grid))
         if fixed_positions is not None:

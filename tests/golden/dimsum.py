@@ -281,7 +281,7 @@ def wavelet_branch(info: Info, tensors: Tensors) -> Iterator[Check]:
     branch = Branch(config["dim"], config["cond_dim"], cond_proj=False, mixer={"expand": 2})
 
     def run(part: nn.Module, inputs: Tensors) -> torch.Tensor:
-        return transform(part(transform(inputs["x"], grid), inputs["c"], order), grid, inverse=True)
+        return transform(part(transform(inputs["x"], grid), nn.functional.silu(inputs["c"]), order), grid, inverse=True)
 
     yield from _part(info, tensors, branch, "blocks.0.freq_mamba. -> blocks.0.frequency.", run)
     yield equal("residual", torch.equal(tensors["out.residual"], tensors["in.x"]), True)
@@ -361,7 +361,7 @@ def _packing(name: str, tokens: torch.Tensor, tensors: Tensors, tolerance: Mappi
     # tokens whose coefficients are their own indices into (subband, channel, y, x)
     area, cells = transform.side**2, (side // transform.side) ** 2
     numbers = torch.arange(area * tokens.shape[2] * cells).float().reshape(1, area, tokens.shape[2], cells)
-    own = transform.side * transform.matrix.T @ numbers.permute(0, 3, 1, 2)
+    own = transform.side * haar_matrix(levels).T @ numbers.permute(0, 3, 1, 2)
     layout = _raster(transform(from_cells(own, grid, transform.side), grid), grid, transform.side)[0]
     yield equal(f"out.layout.{name}", torch.equal(layout.round().int(), tensors[f"out.layout.{name}"]), True)
 

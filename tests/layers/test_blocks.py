@@ -51,6 +51,7 @@ def test_modulation() -> None:
     modulation.linear.weight.data.normal_()
     parts = torch.cat(modulation(c), dim=-1)[:, 0]
     torch.testing.assert_close(parts, F.silu(c) @ modulation.linear.weight.T)
+    assert torch.equal(torch.cat(modulation(F.silu(c), activated=True), dim=-1)[:, 0], parts)
     x, shift, scale = torch.randn(2, 5, 4), torch.randn(2, 1, 4), torch.randn(2, 1, 4)
     torch.testing.assert_close(modulate(x, shift, scale), shift + x + x * scale)
 
@@ -63,7 +64,14 @@ def test_drop_path() -> None:
     assert ((ratio != 0) == kept[:, None]).all(), "dropped sample by sample"
     assert abs(float(kept.float().mean()) - 0.75) < 0.03
     torch.testing.assert_close(ratio[kept], torch.full_like(ratio[kept], 4 / 3))
+    stream = torch.randn_like(x)
+    results = []
+    for given in ({}, {"stream": stream}):
+        torch.manual_seed(1)
+        results.append(drop(x, **given))
+    torch.testing.assert_close(results[1], stream + results[0])
     assert drop.eval()(x) is x
+    assert torch.equal(drop(x, stream=stream), stream + x)
     assert DropPath(0.0)(x) is x
     for rate in (-0.1, 1.0):
         with pytest.raises(ValueError, match="drop path"):
