@@ -18,25 +18,31 @@ def refuse_double(op: str, *tensors: Tensor | None) -> None:
         raise ValueError(f"{op}: the triton backend computes in float32, got float64; use backend='chunked'")
 
 
-def strides(x: Tensor | None, ndim: int = 0, directions: int | None = 1) -> tuple[int, ...]:
+def strides(x: Tensor | None, ndim: int = 0, directions: int = 1) -> tuple[int, ...]:
     """Strides in elements, zero along the dimension ``directions`` where all share one; ``ndim`` zeros for None."""
     if x is None:
         return (0,) * ndim
-    return tuple(0 if dim == directions and size == 1 else x.stride(dim) for dim, size in enumerate(x.shape))
+    found = x.stride()
+    return (*found[:directions], 0, *found[directions + 1 :]) if x.shape[directions] == 1 else found
 
 
 def wide(*tensors: Tensor | None) -> bool:
     """Whether an offset inside one batch row and direction needs 64 bits."""
-    return any(
-        sum((size - 1) * abs(stride) for size, stride in zip(x.shape[1:], x.stride()[1:])) >= 2**31
-        for x in tensors
-        if x is not None
-    )
+    return any(_last_offset(x.shape[1:], x.stride()[1:]) >= 2**31 for x in tensors if x is not None)
+
+
+def _last_offset(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    return sum(map(operator.mul, sizes, strides)) - sum(strides)
 
 
 def named(prefix: str, dims: str, values: tuple[int, ...]) -> dict[str, int]:
     """Kernel arguments ``prefix_d`` for the letters of ``dims``."""
-    return {f"{prefix}_{dim}": value for dim, value in zip(dims, values)}
+    return dict(zip(_names(prefix, dims), values))
+
+
+@functools.cache
+def _names(prefix: str, dims: str) -> tuple[str, ...]:
+    return tuple(f"{prefix}_{dim}" for dim in dims)
 
 
 def first_steps(orders: Tensor | None, cu_seqlens: Tensor | None, length: int, directions: int) -> Tensor | None:

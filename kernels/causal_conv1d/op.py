@@ -4,6 +4,7 @@ One pair of ops serves all fast implementations; the backend is an argument. An 
 ``conv_forward`` and ``conv_backward`` on the canonical arguments that `genssm.kernels.causal_conv1d` prepares.
 """
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -21,6 +22,7 @@ _TENSORS = (
 )
 
 
+@functools.cache
 def implementation(backend: str) -> ModuleType:
     """The module that holds ``backend``, imported on first use."""
     return importlib.import_module(f"genssm.kernels.causal_conv1d.{_MODULES[backend]}")

@@ -9,6 +9,7 @@ One pair of ops serves all fast implementations; the backend is an argument. An 
 with the canonical arguments that `genssm.kernels.selective_scan` prepares.
 """
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -28,6 +29,7 @@ _TENSORS = (
 )
 
 
+@functools.cache
 def implementation(backend: str) -> ModuleType:
     """The module that holds ``backend``, imported on first use."""
     return importlib.import_module(f"genssm.kernels.selective_scan.{_MODULES[backend]}")

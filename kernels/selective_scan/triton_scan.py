@@ -188,7 +188,7 @@ def scan_forward(
             "WIDE": wide(u, delta, B, C, z, out),
             "CHUNK": chunk_steps(states),
             "UNROLL": unroll or 4,
-            **dataclasses.asdict(tile),
+            **vars(tile),
             **_OPTIONS,
         }
         grid = (groups * group_blocks * plan.direction_programs * plan.segments * sequences,)
@@ -302,7 +302,7 @@ def scan_backward(
                 "WIDE": wide(u, delta, B, C, z, g, db),
                 "CHUNK": chunk,
                 "UNROLL": unroll or 4,
-                **dataclasses.asdict(tile),
+                **vars(tile),
                 **_OPTIONS,
             }
             carry = None
@@ -450,7 +450,7 @@ def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, tile: T
         CHANNELS=channels,
         STATES=states,
         UNROLL=4,
-        **dataclasses.asdict(tile),
+        **vars(tile),
         **_OPTIONS,
     )
 

@@ -9,6 +9,7 @@ One pair of ops serves all fast implementations; the backend is an argument. An 
 with the canonical arguments that `genssm.kernels.ssd` prepares.
 """
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -27,6 +28,7 @@ _TENSORS = (
 )
 
 
+@functools.cache
 def implementation(backend: str) -> ModuleType:
     """The module that holds ``backend``, imported on first use."""
     return importlib.import_module(f"genssm.kernels.ssd.{_MODULES[backend]}")

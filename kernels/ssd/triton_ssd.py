@@ -122,7 +122,7 @@ def ssd_forward(
             "ALIGNED": _aligned(x, B, C, z),
             "WIDE": wide(x, dt, B, C, z, out),
             **_constants(x, B, C, groups),
-            **dataclasses.asdict(tile),
+            **vars(tile),
         }
         carry = None
         if segments > 1:
@@ -239,7 +239,7 @@ def ssd_backward(
             }
             parts = {"segments": segments, "segment_chunks": segment_chunks, "dinitial": dinitial}
             parts.update(_options(walk.NB * walk.PB <= 1024), carry=None, decay=None)
-            parts.update(dataclasses.asdict(walk), SEGMENTED=segments > 1)
+            parts.update(vars(walk), SEGMENTED=segments > 1)
             if segments > 1:
                 parts["carry"] = new(sequences, directions, segments, heads, states, width)
                 parts["decay"] = new(sequences, directions, segments, heads)
@@ -260,7 +260,7 @@ def ssd_backward(
                 initial=start,
                 **named("x", "bklhp", strides(x)),
                 **named("b", "bklgn", strides(B)),
-                **dataclasses.asdict(tile),
+                **vars(tile),
             )
             launch(
                 ssd_tokens_kernel,
