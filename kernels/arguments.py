@@ -16,9 +16,9 @@ def shape(x: Tensor) -> tuple[int, ...]:
 
 def with_directions(op: str, name: str, x: Tensor, dim: int, plain: tuple[int, ...]) -> Tensor:
     """Insert the direction dimension at ``dim`` where ``x`` has the shape ``plain``; check the shape otherwise."""
-    if x.ndim == len(plain):
-        x = x.unsqueeze(dim)
-    if x.ndim != len(plain) + 1 or x.shape[:dim] != plain[:dim] or x.shape[dim + 1 :] != plain[dim:]:
+    if x.shape == plain:
+        return x.unsqueeze(dim)
+    if x.ndim != len(plain) + 1 or x.shape != (*plain[:dim], x.shape[dim], *plain[dim:]):
         given = x.squeeze(dim) if x.ndim == len(plain) + 1 and x.shape[dim] == 1 else x
         full = (*plain[:dim], "K", *plain[dim:])
         raise ValueError(f"{op}: {name} is {shape(given)}, expected {plain} or {_text(full)}")

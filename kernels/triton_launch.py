@@ -1,7 +1,12 @@
-"""Host side that the Triton implementations share: strides, devices, packed sequences. Nothing here imports Triton."""
+"""Host side that the Triton implementations share: launches, strides, devices, packed sequences.
+
+Triton is imported only by what a launch needs.
+"""
 
 import contextlib
 import functools
+import operator
+import types
 
 import torch
 from torch import Tensor
@@ -13,25 +18,31 @@ def refuse_double(op: str, *tensors: Tensor | None) -> None:
         raise ValueError(f"{op}: the triton backend computes in float32, got float64; use backend='chunked'")
 
 
-def strides(x: Tensor | None, ndim: int = 0, directions: int | None = 1) -> tuple[int, ...]:
+def strides(x: Tensor | None, ndim: int = 0, directions: int = 1) -> tuple[int, ...]:
     """Strides in elements, zero along the dimension ``directions`` where all share one; ``ndim`` zeros for None."""
     if x is None:
         return (0,) * ndim
-    return tuple(0 if dim == directions and size == 1 else x.stride(dim) for dim, size in enumerate(x.shape))
+    found = x.stride()
+    return (*found[:directions], 0, *found[directions + 1 :]) if x.shape[directions] == 1 else found
 
 
 def wide(*tensors: Tensor | None) -> bool:
     """Whether an offset inside one batch row and direction needs 64 bits."""
-    return any(
-        sum((size - 1) * abs(stride) for size, stride in zip(x.shape[1:], x.stride()[1:])) >= 2**31
-        for x in tensors
-        if x is not None
-    )
+    return any(_last_offset(x.shape[1:], x.stride()[1:]) >= 2**31 for x in tensors if x is not None)
+
+
+def _last_offset(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    return sum(map(operator.mul, sizes, strides)) - sum(strides)
 
 
 def named(prefix: str, dims: str, values: tuple[int, ...]) -> dict[str, int]:
     """Kernel arguments ``prefix_d`` for the letters of ``dims``."""
-    return {f"{prefix}_{dim}": value for dim, value in zip(dims, values)}
+    return dict(zip(_names(prefix, dims), values))
+
+
+@functools.cache
+def _names(prefix: str, dims: str) -> tuple[str, ...]:
+    return tuple(f"{prefix}_{dim}" for dim in dims)
 
 
 def first_steps(orders: Tensor | None, cu_seqlens: Tensor | None, length: int, directions: int) -> Tensor | None:
@@ -69,3 +80,89 @@ def processors(device: torch.device) -> int:
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device; make that the one of the inputs."""
     return contextlib.nullcontext() if x.device.type == "cpu" else getattr(torch, x.device.type).device_of(x)
+
+
+_KNOWN = ((3, 6), (3, 8))  # first and last version of Triton whose launches this file is known to repeat truly
+_MOST = 4096  # launches of a kernel to remember
+
+
+def launch(kernel, grid: tuple[int, ...], /, **arguments) -> None:
+    """``kernel[grid](**arguments)``, without most of its time on the host once the same was launched before.
+
+    Triton looks at every argument at every launch, for the binary made for its type, for pointers to multiples of 16,
+    for integers that are 1, multiples of 16 or long. Here the binary is found by more than that, in one look-up: all
+    types and alignments, and whatever is no tensor by its value. An argument is a tensor or None in all launches of a
+    kernel, or in none.
+    """
+    triton = _triton(next(iter(arguments.values())).device.type)
+    if triton is None or kernel.pre_run_hooks or any(_hooks(triton)):
+        kernel[grid](**arguments)
+        return
+    launches = _launches.get(kernel.fn)
+    if launches is None or launches.given != len(arguments):
+        launches = _launches[kernel.fn] = _Launches(kernel, arguments)
+    device = triton.driver.get_current_device()
+    values = launches.values(arguments)
+    key = [device, triton.knobs.runtime.debug, triton.knobs.compilation.instrumentation_mode, *values]
+    values = list(values[: launches.parameters])
+    for i in launches.tensors:
+        tensor = values[i]
+        if tensor is not None:
+            values[i] = address = tensor.data_ptr()
+            key[i + 3] = (tensor.dtype, address % 16)
+    key = tuple(key)
+    binary = launches.binaries.get(key)
+    if binary is None:
+        binary = kernel[grid](**arguments)
+        if binary is not None:
+            launches.remember(key, binary)
+        return
+    binary.run(
+        *grid, *(1,) * (3 - len(grid)), triton.driver.get_current_stream(device), binary.function,
+        binary.packed_metadata, None, None, None, *values,
+    )  # fmt: skip
+
+
+class _Launches:
+    """Binaries of a kernel by the arguments that they were launched with."""
+
+    def __init__(self, kernel, arguments: dict) -> None:
+        names = [*kernel.arg_names, *(name for name in arguments if name not in kernel.arg_names)]
+        self.values = operator.itemgetter(*names)
+        self.given, self.parameters = len(arguments), len(kernel.arg_names)
+        self.tensors = [
+            i
+            for i, parameter in enumerate(kernel.params)
+            if not parameter.is_constexpr and isinstance(arguments[parameter.name], Tensor | None)
+        ]
+        self.binaries = {}
+
+    def remember(self, key: tuple, binary) -> None:
+        if len(self.binaries) >= _MOST:
+            self.binaries.clear()
+        self.binaries[key] = binary
+
+
+_launches: dict[types.FunctionType, _Launches] = {}
+
+
+@functools.cache
+def _triton(device: str) -> types.SimpleNamespace | None:
+    """Triton's settings and its driver, or None where launches go its own way: in the interpreter, on other devices
+    than NVIDIA's, in versions that are not known."""
+    if device != "cuda" or torch.version.hip is not None:
+        return None
+    import triton
+
+    if not _KNOWN[0] <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= _KNOWN[1]:
+        return None
+    from triton import knobs
+    from triton.runtime import driver
+
+    return types.SimpleNamespace(knobs=knobs, driver=driver.active)
+
+
+def _hooks(triton: types.SimpleNamespace) -> tuple:
+    """What wants to be called at every launch: profilers of Triton's own."""
+    runtime = triton.knobs.runtime
+    return tuple(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))

@@ -153,6 +153,11 @@ class AutoregressiveImagePipeline(CodePipeline):
         present = torch.arange(codes.shape[1], device=codes.device) < done
         return self._decode(codes, present.expand_as(codes), output_type)
 
+    @property
+    def decoder(self) -> TokenDecoder | None:
+        """The decoder with a captured graph that is kept for the next call, if there is one."""
+        return self._decoder and self._decoder[1]
+
     def _check_given(self, codes: torch.Tensor | None, num_images: int) -> None:
         """Refuse codes that do not begin an image of this model."""
         tokens, vocabulary = self.model.num_tokens, self.model.config.vocab_size

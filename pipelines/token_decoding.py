@@ -111,6 +111,11 @@ class TokenDecoder:
             with self._invariant():
                 self._advance()
 
+    def rewind(self) -> None:
+        """Let the next step be the first again, whatever it then draws: for measurements."""
+        self.count.zero_()
+        self.cache.position.zero_()
+
     def _invariant(self) -> contextlib.AbstractContextManager:
         return BatchInvariant() if self.codes.device.type == "cpu" else contextlib.nullcontext()
 
@@ -145,12 +150,10 @@ class TokenDecoder:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(3):  # compiles kernels and lets libraries choose theirs
-                    self.count.zero_()
-                    self.cache.position.zero_()
+                    self.rewind()
                     self._advance()
             torch.cuda.current_stream().wait_stream(side)
-            self.count.zero_()
-            self.cache.position.zero_()
+            self.rewind()
             graph = torch.cuda.CUDAGraph()
             try:
                 # Other threads may go on: those that watch NCCL or pin batches would break a "global" capture.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import models, motion_frames
+from benchmarks import decoding, models, motion_frames
 from genssm.kernels import benchmarking
 
 SMALL = ["--device", "cpu", "--width", "32", "--layers", "3", "--tokens", "16"]
@@ -72,3 +72,19 @@ def test_long_motions(tmp_path: Path) -> None:
         assert row["model"] != "attention" or row["x attention"] == "1.00"
     with pytest.raises(ValueError, match="--frames must be 2"):
         motion_frames.main([*small, "--frames", "1"])
+
+
+def test_decoding(tmp_path: Path) -> None:
+    small = ["--device", "cpu", "--layers", "1", "--tokens-side", "2"]
+    decoding.main([*small, "--models", "B:1", "B:2", "--csv", str(tmp_path / "table.csv")])
+    one, two = csv.DictReader((tmp_path / "table.csv").open())
+    assert one["codes"] == two["codes"] == "4" and one["parameters"] == two["parameters"]
+    for row, images in ((one, 1), (two, 2)):
+        assert row["model"] == "AiM-B, plain loop" and row["images"] == str(images)
+        assert float(row["images per second"]) == pytest.approx(images / float(row["seconds"]), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["B", "B:0", "S:8", "B:x"])
+def test_decoding_mistakes(name: str) -> None:
+    with pytest.raises(ValueError, match="PRESET:IMAGES with a preset of B, L, XL, 1B"):
+        decoding.main(["--device", "cpu", "--models", name])

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from genssm.kernels.custom_op import custom_op
+
 _TENSORS = "Tensor? gate, Tensor? weight, Tensor? bias, Tensor? shift, Tensor? scale, bool layer, float eps"
 
 
@@ -24,9 +26,8 @@ def modulated_dtypes(normed: torch.dtype, shift: Tensor | None, scale: Tensor | 
     return scaled, torch.promote_types(scaled, shift.dtype)
 
 
-@torch.library.custom_op(
+@custom_op(
     "genssm::add_norm_fwd",
-    mutates_args=(),
     schema=f"(Tensor h, Tensor? x, {_TENSORS}, ScalarType? dtype, bool normed) -> (Tensor, Tensor, Tensor)",
 )
 def add_norm_fwd(h, x, gate, weight, bias, shift, scale, layer, eps, dtype, normed):
@@ -35,9 +36,8 @@ def add_norm_fwd(h, x, gate, weight, bias, shift, scale, layer, eps, dtype, norm
     return norm_forward(h, x, gate, weight, bias, shift, scale, layer, eps, dtype, normed)
 
 
-@torch.library.custom_op(
+@custom_op(
     "genssm::add_norm_bwd",
-    mutates_args=(),
     schema=f"(Tensor? dh, Tensor? dy, Tensor? dn, Tensor h, Tensor? x, {_TENSORS}, ScalarType? added) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -86,7 +86,7 @@ def _backward(ctx, dh: Tensor | None, dy: Tensor | None, dn: Tensor | None) -> t
     return dstream.to(ctx.stream_dtype), dx, *others, None, None, None, None
 
 
-add_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
+add_norm_fwd.register_autograd(_backward, _setup_context)
 
 
 def add_norm(h: Tensor, x: Tensor | None, gate: Tensor | None, *rest) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genssm.kernels.add_norm.op import modulated_dtypes, product_dtype, stream_dtype
-from genssm.kernels.triton_launch import device_of, named, processors, refuse_double
+from genssm.kernels.triton_launch import device_of, launch, named, processors, refuse_double
 
 _NAME = "add_norm"
 _LARGEST = 16384  # channels that a program can hold
@@ -192,7 +192,9 @@ def norm_forward(
     n = h.new_empty(h.shape if normed else 0, dtype=kept)
     if h.shape[0] * h.shape[1]:
         with device_of(h):
-            norm_forward_kernel[h.shape[0] * h.shape[1],](
+            launch(
+                norm_forward_kernel,
+                (h.shape[0] * h.shape[1],),
                 **common,
                 new_h=new_h,
                 y=y,
@@ -249,7 +251,8 @@ def norm_backward(
     dgate, dweight, dbias, dshift, dscale = (sums(v) for v in (gate, weight, bias, shift, scale))
     if batch:
         with device_of(h):
-            norm_backward_kernel[batch * chunks,](
+            launch(
+                norm_backward_kernel, (batch * chunks,),
                 **common, dh=dh_in, dx=dx, dgate=dgate, dweight=dweight, dbias=dbias, dshift=dshift, dscale=dscale,
                 chunks=chunks, NORMED=_TYPES[h.dtype if weight is None else weight.dtype],
                 GATE_OF_TOKEN=_of_token(gate, length), SHIFT_OF_TOKEN=_of_token(shift, length),

@@ -4,6 +4,7 @@ One pair of ops serves all fast implementations; the backend is an argument. An 
 ``conv_forward`` and ``conv_backward`` on the canonical arguments that `genssm.kernels.causal_conv1d` prepares.
 """
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from genssm.kernels import arguments
+from genssm.kernels.custom_op import custom_op
 
 _MODULES = {"chunked": "chunked", "compiled": "compiled", "triton": "triton_conv"}
 _TENSORS = (
@@ -20,20 +22,20 @@ _TENSORS = (
 )
 
 
+@functools.cache
 def implementation(backend: str) -> ModuleType:
     """The module that holds ``backend``, imported on first use."""
     return importlib.import_module(f"genssm.kernels.causal_conv1d.{_MODULES[backend]}")
 
 
-@torch.library.custom_op("genssm::causal_conv1d_fwd", mutates_args=(), schema=f"({_TENSORS}) -> (Tensor, Tensor)")
+@custom_op("genssm::causal_conv1d_fwd", schema=f"({_TENSORS}) -> (Tensor, Tensor)")
 def conv_fwd(x, weight, bias, silu, orders, initial_state, lengths, cu_seqlens, K, backend):
     arguments.check_visits("causal_conv1d", orders, cu_seqlens, x.shape[2])
     return implementation(backend).conv_forward(x, weight, bias, silu, orders, initial_state, lengths, cu_seqlens, K)
 
 
-@torch.library.custom_op(
+@custom_op(
     "genssm::causal_conv1d_bwd",
-    mutates_args=(),
     schema=f"(Tensor grad_out, Tensor? grad_last_state, {_TENSORS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def conv_bwd(grad_out, grad_last_state, x, *rest):
@@ -73,7 +75,7 @@ def _backward(ctx, grad_out: Tensor | None, grad_last_state: Tensor | None) -> t
     return dx, dweight, dbias, None, None, dinitial, None, None, None, None
 
 
-conv_fwd.register_autograd(_backward, setup_context=_setup_context)
+conv_fwd.register_autograd(_backward, _setup_context)
 
 
 @register_flop_formula(torch.ops.genssm.causal_conv1d_fwd)

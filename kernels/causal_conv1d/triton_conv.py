@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genssm.kernels.triton_launch import device_of, first_steps, named, processors, refuse_double, sequence_of, strides
+from genssm.kernels.triton_launch import (
+    device_of,
+    first_steps,
+    launch,
+    named,
+    processors,
+    refuse_double,
+    sequence_of,
+    strides,
+)
 
 _NAME = "causal_conv1d"
 _BLOCK_E = 128
@@ -413,7 +422,7 @@ def conv_forward(
         given = (weight, bias, silu, orders, initial_state, lengths, cu_seqlens, K)
         common, grid, _ = _arguments((x,), *given, block_t=16 if taps <= 4 else 8, states=taps > 1)
         if grid[0]:
-            conv_forward_kernel[grid](**common, out=out, last=last)
+            launch(conv_forward_kernel, grid, **common, out=out, last=last)
     return out, last
 
 
@@ -450,7 +459,9 @@ def conv_backward(
         dweight = x.new_empty(slots, K, channels, taps, dtype=torch.float32)
         dbias = None if bias is None else x.new_empty(slots, K, channels, dtype=torch.float32)
         if grid[0]:
-            conv_backward_kernel[grid](
+            launch(
+                conv_backward_kernel,
+                grid,
                 **common,
                 grad=grad_out,
                 grad_last=grad_last_state if taps > 1 else None,

@@ -1,10 +1,11 @@
 """The Triton step as a custom op, which `torch.compile` takes as it is. It changes its states in place."""
 
-import torch
 from torch import Tensor
 
+from genssm.kernels.custom_op import custom_op
 
-@torch.library.custom_op("genssm::mamba2_step", mutates_args=("conv_state", "ssm_state"))
+
+@custom_op("genssm::mamba2_step", mutates=("conv_state", "ssm_state"))
 def step(
     projected: Tensor,
     conv_state: Tensor,

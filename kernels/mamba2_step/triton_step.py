@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genssm.kernels.selective_scan.triton_tiles import sigmoid, softplus
-from genssm.kernels.triton_launch import device_of, refuse_double
+from genssm.kernels.triton_launch import device_of, launch, refuse_double
 
 _NAME = "mamba2_step"
 _CONV_BLOCK = 256
@@ -94,15 +94,17 @@ def step_triton(
     block_n = max(16, triton.next_power_of_2(states))
     block_p = max(4, min(triton.next_power_of_2(width), _TILE // block_n))
     with device_of(projected):
-        conv_step_kernel[triton.cdiv(channels, _CONV_BLOCK), batch](
-            projected, conv_state, conv_weight, conv_bias, mapped,
-            projected.stride(0), conv_state.stride(0), mapped.stride(0), inner, channels,
+        launch(
+            conv_step_kernel, (triton.cdiv(channels, _CONV_BLOCK), batch),
+            projected=projected, state=conv_state, weight=conv_weight, bias=conv_bias, mapped=mapped,
+            p_b=projected.stride(0), c_b=conv_state.stride(0), m_b=mapped.stride(0), first=inner, channels=channels,
             W=taps, BLOCK=_CONV_BLOCK, num_warps=4,
         )  # fmt: skip
-        scan_step_kernel[triton.cdiv(width, block_p), heads, batch](
-            mapped, projected, ssm_state, A_log, D, dt_bias, y,
-            projected.stride(0), ssm_state.stride(0), mapped.stride(0), y.stride(0),
-            heads // ngroups, width, states,
+        launch(
+            scan_step_kernel, (triton.cdiv(width, block_p), heads, batch),
+            mapped=mapped, projected=projected, state=ssm_state, a_log=A_log, skip=D, dt_bias=dt_bias, y=y,
+            p_b=projected.stride(0), s_b=ssm_state.stride(0), m_b=mapped.stride(0), y_b=y.stride(0),
+            per_group=heads // ngroups, width=width, states=states,
             INNER=inner, MAPS=maps, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=1,
         )  # fmt: skip
     return y

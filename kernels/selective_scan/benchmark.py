@@ -1,6 +1,8 @@
 """Time the selective scan and what else a user could run: ``python -m genssm.kernels.selective_scan.benchmark``."""
 
+import functools
 import importlib.util
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -13,22 +15,38 @@ from genssm.kernels.selective_scan import selective_scan
 _LETTERS = "BxLxExN"
 _SHAPES = {
     "cpu": ("4x256x384x16", "1x1024x768x16", "32x64x256x16"),
-    "cuda": ("64x1024x1536x16", "8x4096x1536x16", "4x16384x1536x16", "1x4096x1536x16", "32x256x2304x16"),
+    "cuda": ("64x1024x1536x16", "8x4096x1536x16", "1x4096x1536x16", "1x16384x2304x16", "32x256x2304x16"),
 }
 _USUAL, _TRANSFORMERS = "usual loop", "transformers fallback"
 _SLICING, _LONGEST = (_USUAL, _TRANSFORMERS), 1024  # on a GPU: backward passes of 4,096 steps take minutes
 
 
-def arguments(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Inputs such as a Mamba block has after its projections; ordinary step sizes."""
+def arguments(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, directions: int = 1
+) -> dict[str, Tensor]:
+    """Inputs such as a Mamba block has after its projections; ordinary step sizes. Several directions share z alone."""
     batch, length, channels, states = shape
+    own = () if directions == 1 else (directions,)
     g = torch.Generator().manual_seed(0)
-    inputs = {name: torch.randn(batch, length, channels, generator=g) for name in ("u", "delta", "z")}
-    inputs.update({name: torch.randn(batch, length, states, generator=g) for name in ("B", "C")})
+    inputs = {name: torch.randn(batch, *own, length, channels, generator=g) for name in ("u", "delta")}
+    inputs["z"] = torch.randn(batch, length, channels, generator=g)
+    inputs.update({name: torch.randn(batch, *own, length, states, generator=g) for name in ("B", "C")})
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
-    inputs["A"] = -torch.arange(1.0, states + 1).expand(channels, states).contiguous()
-    inputs["D"], inputs["delta_bias"] = torch.ones(channels), torch.full((channels,), -4.0)
+    inputs["A"] = -torch.arange(1.0, states + 1).expand(*own, channels, states).contiguous()
+    inputs["D"], inputs["delta_bias"] = torch.ones(*own, channels), torch.full((*own, channels), -4.0)
     return {name: x.to(device).requires_grad_() for name, x in inputs.items()}
+
+
+def paths(order: str, directions: int, length: int, device: torch.device) -> Tensor | None:
+    """Orders (K, L): "raster" to and fro, or "random" ones; None for one direction in raster order."""
+    if order == "raster":
+        if directions == 1:
+            return None
+        steps = torch.arange(length)
+        rows = [steps if k % 2 == 0 else steps.flip(0) for k in range(directions)]
+    else:
+        rows = [torch.randperm(length, generator=torch.Generator().manual_seed(k)) for k in range(directions)]
+    return torch.stack(rows).int().to(device)
 
 
 def usual_loop(
@@ -112,6 +130,8 @@ def check_backends(backends: list[str], device: torch.device, dtype: torch.dtype
 def main() -> None:
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     parser = benchmarking.parser(__doc__, _SHAPES[device_type], _LETTERS)
+    parser.add_argument("--directions", nargs="+", type=int, default=[1], metavar="K", help="summed scans of a call")
+    parser.add_argument("--orders", nargs="+", default=["raster"], choices=("raster", "random"), help="of the tokens")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -123,18 +143,21 @@ def main() -> None:
         check_backends(backends, device, dtype)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
-    contenders = [
-        Contender(b, lambda b=b, **inputs: selective_scan(**inputs, delta_softplus=True, backend=b)) for b in backends
-    ]
     others = [] if args.no_alternatives else list(alternatives(device))
     rows = []
-    for shape in shapes:
-        inputs = arguments(shape, device, dtype)
+    for shape, directions, order in itertools.product(shapes, args.directions, args.orders):
+        orders = paths(order, directions, shape[1], device)
+        inputs = arguments(shape, device, dtype, directions)
         name, elements = "x".join(map(str, shape)), shape[0] * shape[1] * shape[2]
-        for contender in (*others, *contenders):
+        if orders is not None:
+            name += f", {directions} x {order}"
+        for contender in () if orders is not None else others:  # which scan one direction, first to last
             if device.type != "cpu" and contender.name in _SLICING and shape[1] > _LONGEST:
                 print(f"{name}: {contender.name} left out, its backward pass grows with the square of the length")
                 continue
+            rows.append(benchmarking.measure(name, elements, contender, inputs))
+        for b in backends:
+            contender = Contender(b, functools.partial(selective_scan, delta_softplus=True, orders=orders, backend=b))
             rows.append(benchmarking.measure(name, elements, contender, inputs))
     benchmarking.report(rows, _USUAL, args.csv)
 

@@ -9,6 +9,7 @@ One pair of ops serves all fast implementations; the backend is an argument. An 
 with the canonical arguments that `genssm.kernels.selective_scan` prepares.
 """
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from genssm.kernels import arguments
+from genssm.kernels.custom_op import custom_op
 from genssm.kernels.selective_scan.reference import directions_of
 
 _MODULES = {"chunked": "chunked", "compiled": "compiled", "triton": "triton_scan"}
@@ -27,14 +29,13 @@ _TENSORS = (
 )
 
 
+@functools.cache
 def implementation(backend: str) -> ModuleType:
     """The module that holds ``backend``, imported on first use."""
     return importlib.import_module(f"genssm.kernels.selective_scan.{_MODULES[backend]}")
 
 
-@torch.library.custom_op(
-    "genssm::selective_scan_fwd", mutates_args=(), schema=f"({_TENSORS}) -> (Tensor, Tensor, Tensor)"
-)
+@custom_op("genssm::selective_scan_fwd", schema=f"({_TENSORS}) -> (Tensor, Tensor, Tensor)")
 def scan_fwd(
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, initial_state, lengths, cu_seqlens, reduce_sum, backend
 ):
@@ -44,9 +45,8 @@ def scan_fwd(
     )
 
 
-@torch.library.custom_op(
+@custom_op(
     "genssm::selective_scan_bwd",
-    mutates_args=(),
     schema=f"(Tensor grad_out, Tensor? grad_last_state, Tensor saved, {_TENSORS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -114,7 +114,7 @@ def _backward(ctx, grad_out: Tensor | None, grad_last_state: Tensor | None, grad
     return du, ddelta, dA, dB, dC, dD, dz, dbias, None, None, dinitial, None, None, None, None
 
 
-scan_fwd.register_autograd(_backward, setup_context=_setup_context)
+scan_fwd.register_autograd(_backward, _setup_context)
 
 
 # Multiplications, additions and exponentials per token, channel and state; terms without the state are left out.

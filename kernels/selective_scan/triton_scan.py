@@ -15,7 +15,16 @@ from torch import Tensor
 from genssm.kernels.selective_scan.reference import directions_of
 from genssm.kernels.selective_scan.triton_backward import scan_adjoint_kernel, scan_backward_kernel
 from genssm.kernels.selective_scan.triton_forward import chain_kernel, scan_forward_kernel
-from genssm.kernels.triton_launch import device_of, first_steps, named, processors, refuse_double, strides, wide
+from genssm.kernels.triton_launch import (
+    device_of,
+    first_steps,
+    launch,
+    named,
+    processors,
+    refuse_double,
+    strides,
+    wide,
+)
 
 _NAME = "selective_scan"
 _LANES = 32
@@ -187,14 +196,14 @@ def scan_forward(
             "WINDOW": _WINDOW,
             "PREFETCH": _can_prefetch(u.device),
             "UNROLL": unroll or 4,
-            **dataclasses.asdict(tile),
+            **vars(tile),
             **_options(_FORWARD_REGISTERS),
         }
         grid = (groups * group_blocks * plan.direction_programs * plan.segments * sequences,)
         if plan.segments > 1:
-            scan_forward_kernel[grid](**arguments, OUTPUT=False)
+            launch(scan_forward_kernel, grid, **arguments, OUTPUT=False)
             _chain(carry, decay, a, initial_state, tile, reverse=False)
-        scan_forward_kernel[grid](**arguments, OUTPUT=True)
+        launch(scan_forward_kernel, grid, **arguments, OUTPUT=True)
         if target.ndim > out.ndim:
             out = target.sum(1).to(out.dtype)
     return out, last, saved
@@ -303,16 +312,18 @@ def scan_backward(
                 "WIDE": wide(u, delta, B, C, z, g, db),
                 "CHUNK": chunk,
                 "UNROLL": unroll,
-                **dataclasses.asdict(tile),
+                **vars(tile),
             }
             carry = None
             if plan.segments > 1:
                 carry = new(sequences, directions, plan.segments, states, channels)
                 decay = new(sequences, directions, plan.segments, channels)
                 grid = (groups * group_blocks * plan.segments * sequences * directions,)
-                scan_adjoint_kernel[grid](carry=carry, decay=decay, **inputs, **_options())
+                launch(scan_adjoint_kernel, grid, carry=carry, decay=decay, **inputs, **_options())
                 _chain(carry, decay, a, grad_last_state, tile, reverse=True)
-            scan_backward_kernel[(programs,)](
+            launch(
+                scan_backward_kernel,
+                (programs,),
                 **inputs,
                 **_options(_BACKWARD_REGISTERS),
                 grad_last=grad_last_state,
@@ -441,21 +452,23 @@ def _can_prefetch(device: torch.device) -> bool:
 
 def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, tile: Tile, reverse: bool) -> None:
     sequences, directions, segments, states, channels = carry.shape
-    chain_kernel[(tile.blocks(channels), sequences * directions)](
-        carry,
-        decay,
-        a,
-        seed,
-        strides(a, directions=0)[0],
-        *strides(seed, 4),
-        directions,
-        segments,
-        0,
+    launch(
+        chain_kernel,
+        (tile.blocks(channels), sequences * directions),
+        carry=carry,
+        decay=decay,
+        a=a,
+        seed=seed,
+        a_k=strides(a, directions=0)[0],
+        **named("i", "sken", strides(seed, 4)),
+        directions=directions,
+        segments=segments,
+        zero=0,
         REVERSE=reverse,
         CHANNELS=channels,
         STATES=states,
         UNROLL=4,
-        **dataclasses.asdict(tile),
+        **vars(tile),
         **_options(),
     )
 

@@ -9,6 +9,7 @@ One pair of ops serves all fast implementations; the backend is an argument. An 
 with the canonical arguments that `genssm.kernels.ssd` prepares.
 """
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from genssm.kernels import arguments
+from genssm.kernels.custom_op import custom_op
 from genssm.kernels.ssd.reference import directions_of
 
 _MODULES = {"chunked": "chunked", "triton": "triton_ssd"}
@@ -26,12 +28,13 @@ _TENSORS = (
 )
 
 
+@functools.cache
 def implementation(backend: str) -> ModuleType:
     """The module that holds ``backend``, imported on first use."""
     return importlib.import_module(f"genssm.kernels.ssd.{_MODULES[backend]}")
 
 
-@torch.library.custom_op("genssm::ssd_fwd", mutates_args=(), schema=f"({_TENSORS}) -> (Tensor, Tensor, Tensor)")
+@custom_op("genssm::ssd_fwd", schema=f"({_TENSORS}) -> (Tensor, Tensor, Tensor)")
 def ssd_fwd(
     x, dt, A, B, C, D, z, dt_bias, dt_softplus, orders, initial_state, lengths, cu_seqlens, reduce_sum, backend
 ):
@@ -41,9 +44,8 @@ def ssd_fwd(
     )
 
 
-@torch.library.custom_op(
+@custom_op(
     "genssm::ssd_bwd",
-    mutates_args=(),
     schema=f"(Tensor grad_out, Tensor? grad_last_state, Tensor saved, {_TENSORS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -90,7 +92,7 @@ def _backward(ctx, grad_out: Tensor | None, grad_last_state: Tensor | None, grad
     return *of_tensors, None, None, initial, None, None, None, None
 
 
-ssd_fwd.register_autograd(_backward, setup_context=_setup_context)
+ssd_fwd.register_autograd(_backward, _setup_context)
 
 
 # Multiplications and additions per token, head, channel and state of the recurrence; terms without the state are left

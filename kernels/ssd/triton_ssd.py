@@ -13,7 +13,16 @@ from torch import Tensor
 from genssm.kernels.ssd.reference import directions_of
 from genssm.kernels.ssd.triton_backward import ssd_adjoint_kernel, ssd_maps_kernel, ssd_tokens_kernel
 from genssm.kernels.ssd.triton_forward import ssd_chain_kernel, ssd_forward_kernel, ssd_local_kernel
-from genssm.kernels.triton_launch import device_of, first_steps, named, processors, refuse_double, strides, wide
+from genssm.kernels.triton_launch import (
+    device_of,
+    first_steps,
+    launch,
+    named,
+    processors,
+    refuse_double,
+    strides,
+    wide,
+)
 
 _NAME = "ssd"
 _ENOUGH = 2  # programs per multiprocessor from which on time and heads are not split
@@ -113,13 +122,15 @@ def ssd_forward(
             "ALIGNED": _aligned(x, B, C, z),
             "WIDE": wide(x, dt, B, C, z, out),
             **_constants(x, B, C, groups),
-            **dataclasses.asdict(tile),
+            **vars(tile),
         }
         carry = None
         if segments > 1:
             carry = x.new_empty(sequences, directions, segments, heads, states, width, dtype=torch.float32)
             decay = x.new_empty(sequences, directions, segments, heads, dtype=torch.float32)
-            ssd_local_kernel[(programs * segments,)](
+            launch(
+                ssd_local_kernel,
+                (programs * segments,),
                 **_only(ssd_local_kernel, arguments),
                 x=x,
                 b=B,
@@ -128,7 +139,9 @@ def ssd_forward(
                 **_options(tile, width, walk=True),
             )
             _chain(carry, decay, initial_state, reverse=False)
-        ssd_forward_kernel[(programs * segments,)](
+        launch(
+            ssd_forward_kernel,
+            (programs * segments,),
             **arguments,
             x=x,
             b=B,
@@ -225,15 +238,20 @@ def ssd_backward(
                 **_constants(x, B, C, groups),
             }
             parts = {"segments": segments, "segment_chunks": segment_chunks, "dinitial": dinitial}
-            parts.update(dataclasses.asdict(walk), SEGMENTED=segments > 1, carry=None, decay=None)
+            parts.update(_options(walk, width, walk=True), carry=None, decay=None)
+            parts.update(vars(walk), SEGMENTED=segments > 1)
             if segments > 1:
                 parts["carry"] = new(sequences, directions, segments, heads, states, width)
                 parts["decay"] = new(sequences, directions, segments, heads)
                 grid = (programs * segments,)
-                ssd_adjoint_kernel[grid](**arguments, **parts, LOCAL=True, **_options(walk, width, walk=True))
+                launch(ssd_adjoint_kernel, grid, **arguments, **parts, LOCAL=True)
                 _chain(parts["carry"], parts["decay"], grad_last, reverse=True)
-            ssd_adjoint_kernel[(programs * segments,)](
-                **arguments, **parts, LOCAL=False, **_options(walk, width, walk=True)
+            launch(
+                ssd_adjoint_kernel,
+                (programs * segments,),
+                **arguments,
+                **parts,
+                LOCAL=False,
             )
             arguments.update(
                 saved=saved,
@@ -242,9 +260,11 @@ def ssd_backward(
                 initial=start,
                 **named("x", "bklhp", strides(x)),
                 **named("b", "bklgn", strides(B)),
-                **dataclasses.asdict(tile),
+                **vars(tile),
             )
-            ssd_tokens_kernel[(works * directions * heads,)](
+            launch(
+                ssd_tokens_kernel,
+                (works * directions * heads,),
                 **arguments,
                 skip=skip,
                 dx=per_token[0].final,
@@ -259,8 +279,15 @@ def ssd_backward(
                 **named("dz", "bk", per_token[2].strides),
                 **_options(tile, width),
             )
-            ssd_maps_kernel[(works * directions * groups * slots,)](
-                **arguments, db=db, dc=dc, batch=batch, slots=slots, **_options(tile, width)
+            launch(
+                ssd_maps_kernel,
+                (works * directions * groups * slots,),
+                **arguments,
+                db=db,
+                dc=dc,
+                batch=batch,
+                slots=slots,
+                **_options(tile, width),
             )
     dx, ddt, dz = (t.result() for t in per_token)
     dB, dC = (_sum(part.sum(0), t.shape[1], 1).to(t.dtype) for part, t in ((db, B), (dc, C)))
@@ -368,7 +395,9 @@ def _slots(programs: int, heads: int, device: torch.device) -> int:
 
 def _chain(carry: Tensor, decay: Tensor, seed: Tensor | None, reverse: bool) -> None:
     sequences, directions, segments, heads, states, width = carry.shape
-    ssd_chain_kernel[(-(-states * width // _CHAIN_BLOCK), sequences * directions * heads)](
+    launch(
+        ssd_chain_kernel,
+        (-(-states * width // _CHAIN_BLOCK), sequences * directions * heads),
         carry=carry,
         decay=decay,
         seed=seed,

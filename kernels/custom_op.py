@@ -1,0 +1,83 @@
+"""Functions that are torch custom ops to whoever looks at operations, and plain calls to everybody else.
+
+Compilers, exporters, fake tensors, counters and function transforms see the op and take its rules. Eager PyTorch sees
+none of it, and would only spend more time on the way to many kernels than these take: there the function is called as
+it is, inside an autograd node where gradients are wanted.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+class CustomOp:
+    """A custom op on tensors and plain values, all given by position.
+
+    Args:
+        name: with its namespace.
+        function: what it computes; its results are new tensors.
+        schema: types of arguments and results; None reads the annotations of ``function``.
+        mutates: names of the arguments that are changed in place.
+    """
+
+    def __init__(self, name: str, function: Callable, schema: str | None = None, mutates: tuple[str, ...] = ()) -> None:
+        self.function, self.differentiable = function, None
+        self.op = torch.library.custom_op(name, function, mutates_args=mutates, schema=schema)
+        self.name = name.rpartition(":")[2]
+        self.mutated = [i for i, key in enumerate(inspect.signature(function).parameters) if key in mutates]
+        self.register_fake = self.op.register_fake
+
+    def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
+        """Take the rules of `torch.library.custom_op`, for both ways of a call."""
+        self.op.register_autograd(backward, setup_context=setup_context)
+        function = self.function
+
+        def forward(ctx, *args):
+            output = function(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self.differentiable = type(self.name, (torch.autograd.Function,), methods)
+
+    def __call__(self, *args):
+        if _watched():
+            return self.op(*args)
+        recorded = False
+        for x in args:
+            if isinstance(x, Tensor):
+                if type(x) not in _PLAIN or x.is_meta or x.is_neg() or x._is_zerotensor():
+                    return self.op(*args)
+                recorded = recorded or x.requires_grad
+        if recorded and torch.is_grad_enabled():
+            return (self.differentiable.apply if self.differentiable else self.op)(*args)
+        for i in self.mutated:
+            if not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
+        return self.function(*args)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _watched() -> bool:
+    """Whether something wants to see operations: a compiler, a mode, a transform, a tracer, forward-mode derivatives.
+
+    The compiler comes first, for which the rest does not exist.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def custom_op(name: str, schema: str | None = None, mutates: tuple[str, ...] = ()) -> Callable[[Callable], CustomOp]:
+    """Decorator that makes a function a `CustomOp`."""
+    return lambda function: CustomOp(name, function, schema, mutates)
