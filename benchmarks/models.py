@@ -203,7 +203,8 @@ def main(arguments: list[str] | None = None) -> None:
     for row in rows(args):
         found.append(row)
         figures = ("out of memory" if math.isnan(ms) else f"{ms:.1f} ms" for ms in (row.forward, row.both))
-        print(f"{row.pixels}  {row.name}: " + "{} forward, {} with backward".format(*figures), flush=True)
+        memory = ", ".join(f"{m:,.0f} MiB" for m in (row.forward_memory, row.both_memory) if m is not None)
+        print(f"{row.pixels}  {row.name}: " + "{} forward, {} with backward; ".format(*figures) + memory, flush=True)
     print()
     print_table(HEAD, lines(found), args.csv)
 

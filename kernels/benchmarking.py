@@ -38,6 +38,7 @@ class Row:
     forward: float
     both: float
     memory: float | None
+    data: float  # MiB of inputs, results and the gradients of both
 
     def speed(self, milliseconds: float) -> float:
         return self.elements / milliseconds / 1e6
@@ -135,7 +136,14 @@ def measure(shape: str, elements: int, contender: Contender, inputs: dict[str, T
     forward_time = attempt(lambda: milliseconds(forward, device))
     both_time = attempt(lambda: milliseconds(both, device))
     memory = None if math.isnan(both_time) else attempt(lambda: peak_memory(both, device))
-    return Row(shape, contender.name, elements, forward_time, both_time, memory)
+    data = data_size(*inputs.values(), *(() if weights is None else (weights,)))
+    print(f"{shape}  {contender.name}: {forward_time:.2f} ms forward, {both_time:.2f} ms with backward", flush=True)
+    return Row(shape, contender.name, elements, forward_time, both_time, memory, data)
+
+
+def data_size(*tensors: Tensor) -> float:
+    """MiB of inputs, results and the gradients of both."""
+    return 2 * sum(x.nbytes for x in tensors) / 2**20
 
 
 def attempt(figure: Callable[[], float | None]) -> float | None:
@@ -223,16 +231,19 @@ def print_table(head: Sequence[str], lines: Sequence[Sequence[str]], path: Path 
 
 def report(rows: list[Row], baseline: str, path: Path | None) -> None:
     """Print the table, one shape after the other, with ratios to the slowest-known way; write it as CSV on request."""
-    head = ("shape", "what", "forward ms", "fwd+bwd ms", "G el/s fwd", "G el/s both", "x fwd", "x both", "peak MiB")
+    head = ("shape", "what", "forward ms", "fwd+bwd ms", "G el/s fwd", "G el/s both", "x fwd", "x both", "peak MiB",
+            "x data")  # fmt: skip
     lines = []
     for row in rows:
         base = next((r for r in rows if r.shape == row.shape and r.name == baseline), None)
         ratios = ("", "") if base is None else (f"{base.forward / row.forward:.1f}", f"{base.both / row.both:.1f}")
         speeds = (f"{row.speed(row.forward):.3f}", f"{row.speed(row.both):.3f}")
-        memory = "" if row.memory is None else f"{row.memory:.0f}"
-        cells = (row.shape, row.name, f"{row.forward:.2f}", f"{row.both:.2f}", *speeds, *ratios, memory)
+        memory = ("", "") if row.memory is None else (f"{row.memory:.0f}", f"{row.memory / row.data + 0.5:.2f}")
+        cells = (row.shape, row.name, f"{row.forward:.2f}", f"{row.both:.2f}", *speeds, *ratios, *memory)
         lines.append(tuple("-" if cell == "nan" else cell for cell in cells))
+    print()
     print_table(head, lines, path)
+    print("x data: peak memory over that of inputs, results and the gradients of both")
     if any(row.name == baseline for row in rows):
         print(f"x: times faster than {baseline!r} of the same shape")
     if any(math.isnan(row.both) for row in rows):

@@ -144,9 +144,11 @@ class _Pieces(torch.utils.data.Sampler):
                 yield list(zip(items.tolist(), keys.tolist()))
 
 
-def _leave_interrupts_alone(worker: int) -> None:
-    """Ctrl-C reaches every process of the group; the training process decides when its loaders end."""
+def _leave_signals_alone(worker: int) -> None:
+    """Ctrl-C and SIGTERM of a scheduler reach every process of the group; the training process still wants its batches
+    to end the step, and decides when its loaders end: a second SIGTERM is its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def training_batches(
@@ -184,7 +186,7 @@ def training_batches(
         batch_sampler=_Pieces(stream, shares, first, last),
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_interrupts_alone,
+        worker_init_fn=_leave_signals_alone,
         collate_fn=_collate,
     )
     for batch in loader:

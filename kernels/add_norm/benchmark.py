@@ -85,10 +85,9 @@ def measure(shape: str, elements: int, name: str, call: Call, inputs: dict[str, 
         with torch.cuda.graph(graph):
             forward()
         run = graph.replay
-    time = benchmarking.milliseconds(run, device) / _CALLS
-    return benchmarking.Row(
-        shape, name, elements, time, benchmarking.milliseconds(both, device), benchmarking.peak_memory(both, device)
-    )
+    time, both_time = benchmarking.milliseconds(run, device) / _CALLS, benchmarking.milliseconds(both, device)
+    peak, data = benchmarking.peak_memory(both, device), benchmarking.data_size(*inputs.values(), *weights)
+    return benchmarking.Row(shape, name, elements, time, both_time, peak, data)
 
 
 def main() -> None:

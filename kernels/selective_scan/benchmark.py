@@ -27,11 +27,14 @@ def arguments(
     """Inputs such as a Mamba block has after its projections; ordinary step sizes. Several directions share z alone."""
     batch, length, channels, states = shape
     own = () if directions == 1 else (directions,)
-    g = torch.Generator().manual_seed(0)
-    inputs = {name: torch.randn(batch, *own, length, channels, generator=g) for name in ("u", "delta")}
-    inputs["z"] = torch.randn(batch, length, channels, generator=g)
-    inputs.update({name: torch.randn(batch, *own, length, states, generator=g) for name in ("B", "C")})
-    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    g = torch.Generator(device).manual_seed(0)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=g, device=device).to(dtype)
+
+    inputs = {name: random(batch, *own, length, channels) for name in ("u", "delta")}
+    inputs["z"] = random(batch, length, channels)
+    inputs.update({name: random(batch, *own, length, states) for name in ("B", "C")})
     inputs["A"] = -torch.arange(1.0, states + 1).expand(*own, channels, states).contiguous()
     inputs["D"], inputs["delta_bias"] = torch.ones(*own, channels), torch.full((*own, channels), -4.0)
     return {name: x.to(device).requires_grad_() for name, x in inputs.items()}

@@ -1,5 +1,9 @@
 """The data of a step depend on the seed and the step alone."""
 
+import multiprocessing
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +41,20 @@ def test_each_epoch_is_a_permutation_and_they_differ() -> None:
 def test_resuming_is_starting_there(dataset: ImageDataset) -> None:
     shares = Shares(4)
     assert same(read(dataset, shares, 0, 9)[5:], read(dataset, shares, 5, 9))
+
+
+def test_loaders_outlive_the_signal_that_ends_a_run(dataset: ImageDataset) -> None:
+    """A scheduler's SIGTERM reaches the loaders, too; the run still gets the batches of the step that it is in."""
+    expected = read(dataset, Shares(8), 0, 12, num_workers=2)
+    seen = []
+    for batch in training_batches(dataset, Stream(10, seed=1), Shares(8), first=0, last=12, num_workers=2):
+        if not seen:
+            loaders = multiprocessing.active_children()
+            assert len(loaders) == 2
+            for loader in loaders:
+                os.kill(loader.pid, signal.SIGTERM)
+        seen.append(batch)
+    assert same(seen, expected)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -128,7 +128,7 @@ def test_accelerator_equals_cpu(variant: str, monkeypatch: pytest.MonkeyPatch) -
     inputs = {key: value.cuda() for key, value in inputs.items()}
     torch.testing.assert_close(model(**inputs).sample.cpu(), expected, rtol=1e-4, atol=1e-4)
     for name, slope in common.gradients(model, inputs).items():
-        assert (slope.cpu() - slopes[name]).norm() < 1e-3 * slopes[name].norm(), name
+        assert (slope.cpu() - slopes[name]).norm() <= 1e-3 * slopes[name].norm(), name  # some are zero
 
 
 @pytest.mark.parametrize("variant", ["classes", "einfft"])
