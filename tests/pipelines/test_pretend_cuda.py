@@ -245,15 +245,15 @@ def test_a_step_of_codes_can_be_captured(changes: dict, monkeypatch: pytest.Monk
     waits, places = [], []
 
     def callback(pipe: Any, i: int, t: int, given: dict) -> None:
-        decoder = pipe.decoder
+        decoder = pipe.watched
         waits.append(len(WAITS))
         places.append([x.data_ptr() for x in map(held, (decoder.codes, decoder.count, *decoder.cache.vectors))])
         places[-1] += [held(part).data_ptr() for state in decoder.cache.states for part in (state.conv, state.ssm)]
 
     class Watched(type(pipe)):
         def _decoder_for(self, *arguments: Any) -> Any:
-            self.decoder = super()._decoder_for(*arguments)
-            return self.decoder
+            self.watched = super()._decoder_for(*arguments)
+            return self.watched
 
     pipe.__class__ = Watched
     with PretendCuda():
