@@ -126,6 +126,24 @@ def test_same_bits_twice(name: str, backend: str, device: str) -> None:
 
 
 @each_path
+@pytest.mark.parametrize(
+    "case",
+    [Case(**BOTH_WAYS, lengths=(7, 19)), Case(batch=1, **BOTH_WAYS, cu_seqlens=(0, 5, 5, 19))],
+    ids=["lengths", "packed"],
+)
+def test_orders_and_borders_of_any_strides(name: str, backend: str, device: str, case: Case) -> None:
+    def spread(x: Tensor) -> Tensor:
+        found = x.new_zeros(*x.shape[::-1], 2)[..., 0].permute(*reversed(range(x.ndim)))
+        return found.copy_(x)
+
+    problem = make(name, case, device)
+    options = {key: x.int() if isinstance(x, Tensor) else x for key, x in problem.options.items()}
+    apart = {key: spread(x) if isinstance(x, Tensor) else x for key, x in options.items()}
+    first, second = (run(OPS[name][0], Problem(problem.inputs, given), backend) for given in (options, apart))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@each_path
 def test_compiles_whole(name: str, backend: str, device: str) -> None:
     op = OPS[name][0]
 
