@@ -105,6 +105,19 @@ def test_gradients_of_one_result_only(name: str, backend: str, device: str) -> N
             assert rms_error(a, b) < 3e-6, argument
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@each_path
+def test_batched_gradients_are_those_one_by_one(name: str, backend: str, device: str) -> None:
+    problem = make(name, Case(**BOTH_WAYS, initial=True), device)
+    call, tensors = function(name, problem, backend)
+    result = call(*tensors)[0]
+    batch = torch.randn(3, *result.shape, device=device)
+    found = torch.autograd.grad(result, tensors, batch, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(result, tensors, g, retain_graph=True) for g in batch]
+    for argument, a, b in zip(problem.inputs, found, zip(*one_by_one)):
+        assert rms_error(a, torch.stack(b)) < 3e-6, argument
+
+
 @each_path
 def test_frozen_arguments_get_no_gradient_and_change_no_other(name: str, backend: str, device: str) -> None:
     problem = make(name, Case(**BOTH_WAYS, initial=True), device)
