@@ -121,6 +121,7 @@ def scan_forward(
     directions = directions_of(orders, u, delta, A, B, C, D, z, delta_bias)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tile = forward_tile(channels // groups, states, block_e, state_lanes)
+    unroll = unroll or 4
     group_blocks = tile.blocks(channels // groups)
     saved = u.new_empty(saved_shape(batch, directions, length, channels, states, sequences), dtype=torch.float32)
     chunks = saved.shape[2]
@@ -193,9 +194,9 @@ def scan_forward(
             "STATES": states,
             "WIDE": wide(u, delta, B, C, z, out),
             "CHUNK": chunk_steps(states),
-            "WINDOW": _WINDOW,
+            "WINDOW": max(_WINDOW, unroll),  # whole trips
             "PREFETCH": _can_prefetch(u.device),
-            "UNROLL": unroll or 4,
+            "UNROLL": unroll,
             **vars(tile),
             **_options(_FORWARD_REGISTERS),
         }
