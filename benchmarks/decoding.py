@@ -78,7 +78,7 @@ def measure(pipe: AutoregressiveImagePipeline, images: int, graph: bool, args: a
     call()  # kernels are built and the graph is captured before anything counts
     taken = sorted(call() for _ in range(REPEATS))[REPEATS // 2]
     codes = pipe.model.num_tokens
-    decoder = pipe.decoder
+    decoder = pipe.kept_decoder
     if not graph or decoder is None or decoder.graph is None:
         return taken, taken / codes * 1e3
     decoder.rewind()
@@ -97,7 +97,7 @@ def synchronize(device: torch.device) -> None:
 
 def profile_step(pipe: AutoregressiveImagePipeline) -> None:
     """Print the kernels of one replay of the graph."""
-    decoder = pipe.decoder
+    decoder = pipe.kept_decoder
     decoder.rewind()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         decoder.step()
@@ -123,7 +123,7 @@ def rows(args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
                 label, f"{size / 1e6:.1f} M", images, str(pipe.model.num_tokens), f"{args.guidance_scale:g}",
                 f"{seconds:.3f}", f"{int(images) / seconds:.1f}", f"{step:.3f}",
             )  # fmt: skip
-            if graph and args.profile and pipe.decoder.graph is not None:
+            if graph and args.profile and pipe.kept_decoder.graph is not None:
                 profile_step(pipe)
         del pipe
 

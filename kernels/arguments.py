@@ -45,7 +45,7 @@ def state_directions(op: str, sizes: dict[str, int], directions: int) -> None:
 
 
 def canonical_orders(op: str, orders: Tensor | None, length: int, device: torch.device) -> Tensor | None:
-    """Orders as (K or 1, L) int32 on the device of the inputs."""
+    """Orders as (K or 1, L) dense int32 on the device of the inputs."""
     if orders is None:
         return None
     if orders.dtype.is_floating_point or orders.dtype in (torch.bool, torch.complex64, torch.complex128):
@@ -56,13 +56,13 @@ def canonical_orders(op: str, orders: Tensor | None, length: int, device: torch.
         raise ValueError(
             f"{op}: orders are {shape(orders)}, expected (K, {length}): one permutation of the tokens each"
         )
-    return orders.to(device=device, dtype=torch.int32)
+    return orders.to(device=device, dtype=torch.int32).contiguous()
 
 
 def canonical_lengths(
     op: str, lengths: Tensor | None, cu_seqlens: Tensor | None, batch: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None, int]:
-    """``lengths`` and ``cu_seqlens`` as int32 on the device of the inputs, and the number of sequences."""
+    """``lengths`` and ``cu_seqlens`` as dense int32 on the device of the inputs, and the number of sequences."""
     if lengths is not None and cu_seqlens is not None:
         raise ValueError(
             f"{op}: lengths and cu_seqlens are both given; padded batches take lengths, packed ones cu_seqlens"
@@ -70,13 +70,13 @@ def canonical_lengths(
     if lengths is not None:
         if lengths.shape != (batch,):
             raise ValueError(f"{op}: lengths are {shape(lengths)}, expected ({batch},), one per batch row")
-        return lengths.to(device=device, dtype=torch.int32), None, batch
+        return lengths.to(device=device, dtype=torch.int32).contiguous(), None, batch
     if cu_seqlens is not None:
         if batch != 1:
             raise ValueError(f"{op}: cu_seqlens needs a batch of 1, all sequences one after the other; got {batch}")
         if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
             raise ValueError(f"{op}: cu_seqlens is {shape(cu_seqlens)}, expected (S + 1,): 0, ..., L")
-        return None, cu_seqlens.to(device=device, dtype=torch.int32), cu_seqlens.shape[0] - 1
+        return None, cu_seqlens.to(device=device, dtype=torch.int32).contiguous(), cu_seqlens.shape[0] - 1
     return None, None, batch
 
 

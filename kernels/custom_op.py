@@ -61,6 +61,7 @@ class CustomOp:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_BATCHED = torch._C._dispatch_key_parse("VmapMode")  # of batched gradients, which are no functorch transform
 
 
 def _watched() -> bool:
@@ -73,6 +74,7 @@ def _watched() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED)
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )

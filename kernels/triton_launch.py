@@ -6,6 +6,7 @@ Triton is imported only by what a launch needs.
 import contextlib
 import functools
 import operator
+import os
 import types
 
 import torch
@@ -82,6 +83,16 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if x.device.type == "cpu" else getattr(torch, x.device.type).device_of(x)
 
 
+def compiled_for_nvidia(device: str) -> bool:
+    """Whether kernels become NVIDIA's binaries on a type of device; the interpreter takes tensors of any device."""
+    return device == "cuda" and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1"
+
+
+def register_limit(device: torch.device, registers: int) -> dict[str, int]:
+    """Option that limits the registers of a lane. Triton knows it for NVIDIA's devices; for XPUs it is an error."""
+    return {} if device.type == "xpu" or torch.version.hip else {"maxnreg": registers}
+
+
 _KNOWN = ((3, 6), (3, 8))  # first and last version of Triton whose launches this file is known to repeat truly
 _MOST = 4096  # launches of a kernel to remember
 
@@ -150,7 +161,7 @@ _launches: dict[types.FunctionType, _Launches] = {}
 def _triton(device: str) -> types.SimpleNamespace | None:
     """Triton's settings and its driver, or None where launches go its own way: in the interpreter, on other devices
     than NVIDIA's, in versions that are not known."""
-    if device != "cuda" or torch.version.hip is not None:
+    if not compiled_for_nvidia(device):
         return None
     import triton
 

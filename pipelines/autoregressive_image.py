@@ -154,7 +154,7 @@ class AutoregressiveImagePipeline(CodePipeline):
         return self._decode(codes, present.expand_as(codes), output_type)
 
     @property
-    def decoder(self) -> TokenDecoder | None:
+    def kept_decoder(self) -> TokenDecoder | None:
         """The decoder with a captured graph that is kept for the next call, if there is one."""
         return self._decoder and self._decoder[1]
 

@@ -16,17 +16,20 @@ from genssm.kernels.selective_scan.reference import directions_of
 from genssm.kernels.selective_scan.triton_backward import scan_adjoint_kernel, scan_backward_kernel
 from genssm.kernels.selective_scan.triton_forward import chain_kernel, scan_forward_kernel
 from genssm.kernels.triton_launch import (
+    compiled_for_nvidia,
     device_of,
     first_steps,
     launch,
     named,
     processors,
     refuse_double,
+    register_limit,
     strides,
     wide,
 )
 
 _NAME = "selective_scan"
+_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 _LANES = 32
 _WINDOW = 4  # steps that are prefetched at a time
 _FORWARD_REGISTERS = 160  # of a lane; without a limit the compiler stops at 128 and waits more
@@ -121,6 +124,7 @@ def scan_forward(
     directions = directions_of(orders, u, delta, A, B, C, D, z, delta_bias)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tile = forward_tile(channels // groups, states, block_e, state_lanes)
+    unroll = unroll or 4
     group_blocks = tile.blocks(channels // groups)
     saved = u.new_empty(saved_shape(batch, directions, length, channels, states, sequences), dtype=torch.float32)
     chunks = saved.shape[2]
@@ -193,11 +197,12 @@ def scan_forward(
             "STATES": states,
             "WIDE": wide(u, delta, B, C, z, out),
             "CHUNK": chunk_steps(states),
-            "WINDOW": _WINDOW,
-            "PREFETCH": _can_prefetch(u.device),
-            "UNROLL": unroll or 4,
+            "WINDOW": max(_WINDOW, unroll),  # whole trips
+            "PREFETCH": compiled_for_nvidia(u.device.type),
+            "UNROLL": unroll,
             **vars(tile),
-            **_options(_FORWARD_REGISTERS),
+            **_OPTIONS,
+            **register_limit(u.device, _FORWARD_REGISTERS),
         }
         grid = (groups * group_blocks * plan.direction_programs * plan.segments * sequences,)
         if plan.segments > 1:
@@ -319,13 +324,14 @@ def scan_backward(
                 carry = new(sequences, directions, plan.segments, states, channels)
                 decay = new(sequences, directions, plan.segments, channels)
                 grid = (groups * group_blocks * plan.segments * sequences * directions,)
-                launch(scan_adjoint_kernel, grid, carry=carry, decay=decay, **inputs, **_options())
+                launch(scan_adjoint_kernel, grid, carry=carry, decay=decay, **inputs, **_OPTIONS)
                 _chain(carry, decay, a, grad_last_state, tile, reverse=True)
             launch(
                 scan_backward_kernel,
                 (programs,),
                 **inputs,
-                **_options(_BACKWARD_REGISTERS),
+                **_OPTIONS,
+                **register_limit(u.device, _BACKWARD_REGISTERS),
                 grad_last=grad_last_state,
                 saved=saved,
                 u=u,
@@ -366,7 +372,7 @@ def scan_backward(
                 ADD_U=per_token[0].in_turn,
                 ADD_DELTA=per_token[1].in_turn,
                 ADD_Z=per_token[2].in_turn,
-                PREFETCH=_can_prefetch(u.device),
+                PREFETCH=compiled_for_nvidia(u.device.type),
             )
     du, ddelta, dz = (x.result() for x in per_token)
     dA = _sum(da, A.shape[0]).transpose(-1, -2).to(A.dtype).contiguous()
@@ -441,15 +447,6 @@ def _block_programs(group_blocks: int, groups: int, channels: int, states: int) 
     return -(-group_blocks // (-(-group_blocks // programs)))
 
 
-def _options(registers: int | None = None) -> dict[str, int | bool]:
-    options = {"num_warps": 1, "enable_fp_fusion": True}
-    return options if registers is None or torch.version.hip else {**options, "maxnreg": registers}
-
-
-def _can_prefetch(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None
-
-
 def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, tile: Tile, reverse: bool) -> None:
     sequences, directions, segments, states, channels = carry.shape
     launch(
@@ -469,7 +466,7 @@ def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, tile: T
         STATES=states,
         UNROLL=4,
         **vars(tile),
-        **_options(),
+        **_OPTIONS,
     )
 
 

@@ -20,6 +20,7 @@ from genssm.kernels.triton_launch import (
     named,
     processors,
     refuse_double,
+    register_limit,
     strides,
     wide,
 )
@@ -136,7 +137,7 @@ def ssd_forward(
                 b=B,
                 carry=carry,
                 decay=decay,
-                **_options(tile, width, walk=True),
+                **_options(x.device, tile, width, walk=True),
             )
             _chain(carry, decay, initial_state, reverse=False)
         launch(
@@ -159,7 +160,7 @@ def ssd_forward(
             sequences=sequences,
             chunks=chunks,
             SEGMENTED=segments > 1,
-            **_options(tile, width, walk=True),
+            **_options(x.device, tile, width, walk=True),
         )
     if target is not out:
         torch.sum(target, dim=1, out=out)
@@ -238,7 +239,7 @@ def ssd_backward(
                 **_constants(x, B, C, groups),
             }
             parts = {"segments": segments, "segment_chunks": segment_chunks, "dinitial": dinitial}
-            parts.update(_options(walk, width, walk=True), carry=None, decay=None)
+            parts.update(_options(x.device, walk, width, walk=True), carry=None, decay=None)
             parts.update(vars(walk), SEGMENTED=segments > 1)
             if segments > 1:
                 parts["carry"] = new(sequences, directions, segments, heads, states, width)
@@ -277,7 +278,7 @@ def ssd_backward(
                 **named("dx", "bk", per_token[0].strides),
                 **named("dd", "bk", per_token[1].strides),
                 **named("dz", "bk", per_token[2].strides),
-                **_options(tile, width),
+                **_options(x.device, tile, width),
             )
             launch(
                 ssd_maps_kernel,
@@ -287,7 +288,7 @@ def ssd_backward(
                 dc=dc,
                 batch=batch,
                 slots=slots,
-                **_options(tile, width),
+                **_options(x.device, tile, width),
             )
     dx, ddt, dz = (t.result() for t in per_token)
     dB, dC = (_sum(part.sum(0), t.shape[1], 1).to(t.dtype) for part, t in ((db, B), (dc, C)))
@@ -351,15 +352,14 @@ def _only(kernel, arguments: dict) -> dict:
     return {name: value for name, value in arguments.items() if name in kernel.arg_names}
 
 
-def _options(tile: Tile, width: int, walk: bool = False) -> dict[str, int | bool]:
+def _options(device: torch.device, tile: Tile, width: int, walk: bool = False) -> dict[str, int | bool]:
     """Eight warps where four would spill more; without a limit given, ptxas at times settles for 32 registers.
 
     Two for narrow heads: with four and more, Triton 3.6 multiplies by warp groups on Hopper, and products with a whole
     head of 16 or 32 channels came out wrong.
     """
     warps = 2 if width <= 32 else 4 if walk and tile.NB * tile.PB <= 1024 else 8
-    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
-    return options if torch.version.hip else {**options, "maxnreg": 255}
+    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True, **register_limit(device, 255)}
 
 
 def _tile(states: int, width: int, half: bool, widest: int, room: int) -> Tile:

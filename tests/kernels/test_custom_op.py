@@ -172,6 +172,15 @@ def test_counters_see_the_backward_too(cube: CustomOp) -> None:
     assert len(cube.asked) == 2
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_batched_gradients_see_the_op(cube: CustomOp) -> None:
+    x = torch.randn(3, requires_grad=True)
+    y, _ = cube(x, None, 2.0)
+    (found,) = torch.autograd.grad(y, x, torch.eye(3), is_grads_batched=True)
+    torch.testing.assert_close(found, torch.diag(6 * x.detach() ** 2))
+    assert len(cube.asked) == 1
+
+
 def test_the_compiler_takes_the_op_whole() -> None:
     def compile_whole(module: torch.fx.GraphModule, inputs: list) -> Callable:
         targets.extend(str(node.target) for node in module.graph.nodes)

@@ -105,6 +105,19 @@ def test_gradients_of_one_result_only(name: str, backend: str, device: str) -> N
             assert rms_error(a, b) < 3e-6, argument
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@each_path
+def test_batched_gradients_are_those_one_by_one(name: str, backend: str, device: str) -> None:
+    problem = make(name, Case(**BOTH_WAYS, initial=True), device)
+    call, tensors = function(name, problem, backend)
+    result = call(*tensors)[0]
+    batch = torch.randn(3, *result.shape, device=device)
+    found = torch.autograd.grad(result, tensors, batch, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(result, tensors, g, retain_graph=True) for g in batch]
+    for argument, a, b in zip(problem.inputs, found, zip(*one_by_one)):
+        assert rms_error(a, torch.stack(b)) < 3e-6, argument
+
+
 @each_path
 def test_frozen_arguments_get_no_gradient_and_change_no_other(name: str, backend: str, device: str) -> None:
     problem = make(name, Case(**BOTH_WAYS, initial=True), device)
@@ -122,6 +135,24 @@ def test_frozen_arguments_get_no_gradient_and_change_no_other(name: str, backend
 def test_same_bits_twice(name: str, backend: str, device: str) -> None:
     problem = make(name, Case(batch=3, length=130, channels=96, **BOTH_WAYS), device)
     first, second = (run(OPS[name][0], problem, backend) for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@each_path
+@pytest.mark.parametrize(
+    "case",
+    [Case(**BOTH_WAYS, lengths=(7, 19)), Case(batch=1, **BOTH_WAYS, cu_seqlens=(0, 5, 5, 19))],
+    ids=["lengths", "packed"],
+)
+def test_orders_and_borders_of_any_strides(name: str, backend: str, device: str, case: Case) -> None:
+    def spread(x: Tensor) -> Tensor:
+        found = x.new_zeros(*x.shape[::-1], 2)[..., 0].permute(*reversed(range(x.ndim)))
+        return found.copy_(x)
+
+    problem = make(name, case, device)
+    options = {key: x.int() if isinstance(x, Tensor) else x for key, x in problem.options.items()}
+    apart = {key: spread(x) if isinstance(x, Tensor) else x for key, x in options.items()}
+    first, second = (run(OPS[name][0], Problem(problem.inputs, given), backend) for given in (options, apart))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 

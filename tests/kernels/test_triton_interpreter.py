@@ -5,6 +5,7 @@ each test here runs its cases in a process of its own, which is this file run as
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -44,6 +45,7 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "segments": Case(batch=1, length=70, channels=4, states=3, directions=2, order="random", initial=True),
         "in turn": Case(batch=1, length=6, directions=3, order="random", initial=True),
+        "long trips": Case(batch=1, length=37, channels=4, states=2, order="random", lengths=(35,)),
         "blocks in turn": Case(batch=1, length=3, channels=70, states=2),
         "long offsets": Case(batch=1, length=5, directions=2, order="random", initial=True),
     },
@@ -129,6 +131,9 @@ def _force(name: str, patch: pytest.MonkeyPatch) -> None:
     if name == "in turn":
         patch.setattr(triton_scan, "_FORWARD_ENOUGH", 0)
         patch.setattr(triton_scan, "_BACKWARD_ENOUGH", 0)
+    if name == "long trips":
+        patch.setattr(triton_scan, "scan_forward", functools.partial(triton_scan.scan_forward, unroll=8))
+        patch.setattr(triton_scan, "scan_backward", functools.partial(triton_scan.scan_backward, unroll=8))
     if name == "blocks in turn":
         patch.setattr(triton_scan, "_PARTIAL_BYTES", 0)
     if name == "long offsets":

@@ -148,6 +148,22 @@ def test_other_devices_and_versions_launch_as_ever(monkeypatch: pytest.MonkeyPat
     assert decide("cuda") is None
 
 
+def test_interpreted_kernels_launch_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their tensors may lie on a GPU."""
+    assert triton_launch.compiled_for_nvidia("cuda") == (torch.version.hip is None)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton_launch._triton.__wrapped__("cuda") is None
+    assert not triton_launch.compiled_for_nvidia("cuda")
+
+
+def test_registers_are_limited_where_triton_knows_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert triton_launch.register_limit(torch.device("cuda"), 160) == {"maxnreg": 160}
+    assert triton_launch.register_limit(torch.device("xpu"), 160) == {}
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert triton_launch.register_limit(torch.device("cuda"), 160) == {}
+
+
 def test_triton_has_what_a_repeated_launch_takes() -> None:
     """The settings, the binary's parts and the launcher's parameters, of the Triton that is installed."""
     from triton import knobs
