@@ -197,14 +197,31 @@ def test_options_compile(options: dict) -> None:
         compile_for(kernel, arguments, ("cuda", 90, 32))
 
 
+@pytest.mark.parametrize("name", ["packed", "directions in turn", "65 states", "bare"])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_prefetching_compiles(name: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from genssm.kernels.selective_scan import triton_scan
+
+    monkeypatch.setattr(triton_scan, "compiled_for_nvidia", lambda device: True)
+    for kernel, arguments in scan_launches(**OPTIONS[name], unroll=1):
+        assembly = compile_for(kernel, arguments, ("cuda", arch, 32)).asm["ptx"]
+        assert ("prefetch.global.L1" in assembly) == (
+            kernel.__name__ in ("scan_forward_kernel", "scan_backward_kernel")
+        )
+
+
 @pytest.mark.parametrize(("packed", "taps"), [(False, 1), (True, 5)])
 def test_convolution_options_compile(packed: bool, taps: int) -> None:
     for kernel, arguments in conv_launches(taps, channels=100, packed=packed, initial=True):
         compile_for(kernel, arguments, ("cuda", 90, 32))
 
 
-def test_registers_suffice() -> None:
-    """At the sizes of the models: no spills in the forward (one slot of stack in Triton 3.8), few in the backward."""
+def test_registers_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the sizes of the models: no spills in the forward (one slot of stack in Triton 3.8), few in the backward; with
+    what NVIDIA's devices prefetch."""
+    from genssm.kernels.selective_scan import triton_scan
+
+    monkeypatch.setattr(triton_scan, "compiled_for_nvidia", lambda device: True)
     found = {}
     for kernel, arguments in scan_launches(states=16, channels=1536, length=8) + conv_launches(4, channels=1536):
         found[kernel.__name__] = resources(compile_for(kernel, arguments, ("cuda", 90, 32)))
