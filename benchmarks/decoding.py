@@ -18,7 +18,7 @@ import torch
 
 from genssm.devices import device_option
 from genssm.errors import cli
-from genssm.kernels.benchmarking import hardware, print_table
+from genssm.kernels.benchmarking import fill_in, hardware, print_table, synchronize
 from genssm.models import AIM_PRESETS, AiM, VQTokenizer
 from genssm.pipelines import AutoregressiveImagePipeline
 
@@ -39,11 +39,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plain", action="store_true", help="also the plain loop, without a captured graph")
     parser.add_argument("--profile", action="store_true", help="also the kernels of one step (GPU)")
     parser.add_argument("--csv", type=Path, help="also write the table to this file")
-    args = parser.parse_args(arguments)
-    for name, value in (CPU if torch.device(args.device).type == "cpu" else GPU).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
+    return fill_in(parser.parse_args(arguments), GPU, CPU)
 
 
 def build(preset: str, args: argparse.Namespace) -> AutoregressiveImagePipeline:
@@ -90,11 +86,6 @@ def measure(pipe: AutoregressiveImagePipeline, images: int, graph: bool, args: a
     return taken, (time.perf_counter() - start) / (codes - 1) * 1e3
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def profile_step(pipe: AutoregressiveImagePipeline) -> None:
     """Print the kernels of one replay of the graph."""
     decoder = pipe.kept_decoder
@@ -134,6 +125,10 @@ def main(arguments: list[str] | None = None) -> None:
         preset, _, images = name.partition(":")
         if preset not in AIM_PRESETS or not images.isdigit() or int(images) < 1:
             raise ValueError(f"--models {name}: expected PRESET:IMAGES with a preset of {', '.join(AIM_PRESETS)}")
+    if (args.plain or args.profile) and torch.device(args.device).type != "cuda":
+        raise ValueError(f"--plain and --profile are about a captured graph, which {args.device} does not have")
+    if args.tokens_side < 1 or (args.layers is not None and args.layers < 1):
+        raise ValueError("--tokens-side and --layers must be 1 or more")
     print(hardware(torch.device(args.device), torch.get_num_threads()))
     table = []
     for line in rows(args):

@@ -23,7 +23,7 @@ from diffusers import DiTTransformer2DModel
 
 from genssm.devices import device_option
 from genssm.errors import cli
-from genssm.kernels.benchmarking import attempt, hardware, milliseconds, peak_memory, print_table
+from genssm.kernels.benchmarking import attempt, fill_in, hardware, milliseconds, peak_memory, print_table
 from genssm.models import DIM_PRESETS, DIMSUM_PRESETS, MODELS, ZIGMA_PRESETS
 
 PRESETS = {"dim": DIM_PRESETS, "dimsum": DIMSUM_PRESETS, "zigma": ZIGMA_PRESETS}
@@ -72,11 +72,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=TYPES, help="autocast type (default: bfloat16; CPU: float32)")
     parser.add_argument("--compile", action="store_true", help="also with the repeated blocks compiled")
     parser.add_argument("--csv", type=Path, help="also write the table to this file")
-    args = parser.parse_args(arguments)
-    for name, value in (CPU if torch.device(args.device).type == "cpu" else GPU).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
+    return fill_in(parser.parse_args(arguments), GPU, CPU)
 
 
 def build(name: str, size: Size | None, args: argparse.Namespace, side: int) -> tuple[torch.nn.Module, Size]:
@@ -203,8 +199,9 @@ def main(arguments: list[str] | None = None) -> None:
     for row in rows(args):
         found.append(row)
         figures = ("out of memory" if math.isnan(ms) else f"{ms:.1f} ms" for ms in (row.forward, row.both))
-        memory = ", ".join(f"{m:,.0f} MiB" for m in (row.forward_memory, row.both_memory) if m is not None)
-        print(f"{row.pixels}  {row.name}: " + "{} forward, {} with backward; ".format(*figures) + memory, flush=True)
+        peaks = [m for m in (row.forward_memory, row.both_memory) if m is not None and not math.isnan(m)]
+        memory = "".join(f", {m:,.0f} MiB" for m in peaks)
+        print(f"{row.pixels}  {row.name}: " + "{} forward, {} with backward".format(*figures) + memory, flush=True)
     print()
     print_table(HEAD, lines(found), args.csv)
 

@@ -21,7 +21,7 @@ from diffusers import DDIMScheduler
 
 from genssm.devices import device_option
 from genssm.errors import cli
-from genssm.kernels.benchmarking import hardware, peak_memory, print_table
+from genssm.kernels.benchmarking import fill_in, hardware, peak_memory, print_table
 from genssm.models import MLD, MotionMambaFrames
 from genssm.motion import T2M
 from genssm.pipelines import TextToMotionPipeline
@@ -43,11 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", type=device_option, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=TYPES, help="autocast type (default: float32, none)")
     parser.add_argument("--csv", type=Path, help="also write the table to this file")
-    args = parser.parse_args(arguments)
-    for name, value in (CPU if torch.device(args.device).type == "cpu" else GPU).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
+    return fill_in(parser.parse_args(arguments), GPU, CPU)
 
 
 def size_of(model: torch.nn.Module) -> int:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,14 @@ def parser(description: str, shapes: Sequence[str], letters: str) -> argparse.Ar
     made.add_argument("--no-alternatives", action="store_true", help="leave out other libraries and the usual loop")
     made.add_argument("--csv", type=Path, help="also write the table to this file")
     return made
+
+
+def fill_in(args: argparse.Namespace, gpu: dict[str, Any], cpu: dict[str, Any]) -> argparse.Namespace:
+    """Give options that were left out the values of the device that ``args.device`` names."""
+    for name, value in (cpu if torch.device(args.device).type == "cpu" else gpu).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
 def sizes(shape: str, letters: str) -> tuple[int, ...]:
@@ -137,7 +146,8 @@ def measure(shape: str, elements: int, contender: Contender, inputs: dict[str, T
     both_time = attempt(lambda: milliseconds(both, device))
     memory = None if math.isnan(both_time) else attempt(lambda: peak_memory(both, device))
     data = data_size(*inputs.values(), *(() if weights is None else (weights,)))
-    print(f"{shape}  {contender.name}: {forward_time:.2f} ms forward, {both_time:.2f} ms with backward", flush=True)
+    figures = ("out of memory" if math.isnan(ms) else f"{ms:.2f} ms" for ms in (forward_time, both_time))
+    print(f"{shape}  {contender.name}: " + "{} forward, {} with backward".format(*figures), flush=True)
     return Row(shape, contender.name, elements, forward_time, both_time, memory, data)
 
 
@@ -173,7 +183,7 @@ def milliseconds(run: Callable[[], None], device: torch.device) -> float:
     while repeats < 2 or (spent < _SECONDS and repeats < 100):
         start = time.perf_counter()
         run()
-        _synchronize(device)
+        synchronize(device)
         taken = time.perf_counter() - start
         best, spent, repeats = min(best, taken), spent + taken, repeats + 1
         if taken > 10 * _SECONDS:
@@ -205,7 +215,8 @@ def _resident(status: Path, key: str) -> int:
     return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
     if device.type not in ("cpu", "meta"):
         torch.accelerator.synchronize()
 

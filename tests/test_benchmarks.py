@@ -88,3 +88,12 @@ def test_decoding(tmp_path: Path) -> None:
 def test_decoding_mistakes(name: str) -> None:
     with pytest.raises(ValueError, match="PRESET:IMAGES with a preset of B, L, XL, 1B"):
         decoding.main(["--device", "cpu", "--models", name])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--profile"], "a captured graph, which cpu does not have"), (["--tokens-side", "0"], "must be 1 or more")],
+)
+def test_decoding_refuses(options: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decoding.main(["--device", "cpu", *options])

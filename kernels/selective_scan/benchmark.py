@@ -140,6 +140,8 @@ def main() -> None:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     print(benchmarking.hardware(device, args.threads))
     try:
+        if min(args.directions) < 1:
+            raise ValueError(f"--directions {min(args.directions)}: expected 1 or more")
         shapes = [benchmarking.sizes(shape, _LETTERS) for shape in args.shapes]
         possible = {b: dispatch.why_not(b, device.type, device.index or 0) for b in ("chunked", "compiled", "triton")}
         backends = benchmarking.choose(args.backends, possible)
