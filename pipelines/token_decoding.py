@@ -2,13 +2,14 @@
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
 
 from genssm.pipelines.denoising import BatchInvariant, Generators
-from genssm.pipelines.token_sampling import TokenSampling
+from genssm.pipelines.token_sampling import TokenSampling, guide
 
 logger = logging.getLogger("genssm")
 
@@ -17,20 +18,27 @@ logger = logging.getLogger("genssm")
 
 def draw_uniform(shape: tuple[int, int], generator: Generators, device: torch.device) -> torch.Tensor:
     """Random numbers in [0, 1), float32, (B, T), drawn image by image on the generator's device and moved."""
-    many = isinstance(generator, Sequence)
-    rows = []
-    for i in range(shape[0]):
-        source = generator[i] if many else generator
-        place = device if source is None else source.device
-        rows.append(torch.rand(shape[1], generator=source, device=place, dtype=torch.float32).to(device))
-    return torch.stack(rows)
+    sources = generator if isinstance(generator, Sequence) else [generator] * shape[0]
+    places = [device if source is None else source.device for source in sources]
+    rows = [
+        torch.rand(shape[1], generator=source, device=place, dtype=torch.float32)
+        for source, place in zip(sources, places)
+    ]
+    if any(place != places[0] for place in places):
+        rows = [row.to(device) for row in rows]
+    return torch.stack(rows).to(device)  # one transfer, not one for each image
+
+
+def _form(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    return {name: (x.shape, x.dtype) for name, x in tensors.items()}
 
 
 class TokenDecoder:
     """Draws the codes of B images with a model that has ``new_cache`` (:class:`genssm.models.AiM`).
 
     Everything a step reads and writes lies in buffers made once, and nothing in a step depends on values: the plain
-    loop and the replayed graph run the same operations and give the same codes.
+    loop and the replayed graph run the same operations and give the same codes. So does the start of an image that no
+    codes are given for; on the host it is as many launches as a step, so that it has a graph of its own.
 
     Args:
         model: the model of codes.
@@ -40,7 +48,7 @@ class TokenDecoder:
         device: where the model runs.
         released_draws: draw as the released code does: from both halves of the doubled batch with one generator, the
             second half thrown away. Not under a graph.
-        capture: run the steps as a captured CUDA graph.
+        capture: run start and steps as captured CUDA graphs.
     """
 
     def __init__(
@@ -64,7 +72,9 @@ class TokenDecoder:
         self.uniform = torch.zeros(num_images, tokens, device=device)
         self.scales = torch.ones(tokens, device=device)
         self.count = torch.zeros(1, dtype=torch.int64, device=device)  # codes drawn or given so far
-        self.graph = self._capture() if capture else None
+        self.graph = self._capture(self._advance) if capture else None
+        self._start_graph: torch.cuda.CUDAGraph | None = None
+        self._start_inputs: dict[str, torch.Tensor] | None = None  # what it reads
 
     @property
     def rows(self) -> int:
@@ -94,13 +104,11 @@ class TokenDecoder:
         self.generator = generator
         self.uniform.copy_(uniform)
         self.scales.copy_(scales)
-        self.cache.begin()
-        self.codes.zero_()
-        self.codes[:, : given.shape[1]] = given
-        self.count.fill_(given.shape[1])
-        codes = given.repeat(self.rows // self.num_images, 1)
-        with self._invariant():
-            self._choose(self.model(codes, **condition, cache=self.cache).logits[:, -1])
+        if self.graph is None or given.shape[1]:  # with codes it would keep the memory of a long sequence
+            with self._invariant():
+                self._start(given, condition)
+        else:
+            self._replay_start(condition)
         return given.shape[1] + 1
 
     def step(self) -> None:
@@ -119,30 +127,52 @@ class TokenDecoder:
     def _invariant(self) -> contextlib.AbstractContextManager:
         return BatchInvariant() if self.codes.device.type == "cpu" else contextlib.nullcontext()
 
+    def _start(self, given: torch.Tensor, condition: dict[str, torch.Tensor]) -> None:
+        """Read the condition and what is given, and draw the code after it."""
+        self.cache.begin()
+        self.codes.zero_()
+        self.codes[:, : given.shape[1]] = given
+        self.count.fill_(given.shape[1])
+        codes = given.repeat(self.rows // self.num_images, 1)
+        self._choose(self.model(codes, **condition, cache=self.cache).logits[:, -1])
+
+    def _replay_start(self, condition: dict[str, torch.Tensor]) -> None:
+        """Start without codes by a graph, captured anew where the condition has another form than before."""
+        if self._start_inputs is None or _form(condition) != _form(self._start_inputs):
+            self._start_graph = None  # frees its memory first
+            self._start_inputs = inputs = {name: x.clone() for name, x in condition.items()}
+            none = self.codes[:, :0]
+            self._start_graph = self._capture(lambda: self._start(none, inputs), pool=self.graph.pool())
+        if self._start_graph is None:
+            self._start(self.codes[:, :0], condition)
+            return
+        for name, x in condition.items():
+            self._start_inputs[name].copy_(x)
+        self._start_graph.replay()
+
     def _advance(self) -> None:
         self._choose(self.model(self.previous, cache=self.cache).logits[:, -1])
 
     def _choose(self, logits: torch.Tensor) -> None:
         """Draw a code from ``logits`` (R, V) and put it where the next step finds it."""
-        logits = logits.float()
-        if self.guided:
-            conditional, null = logits.chunk(2)
-            logits = null + self.scales.index_select(0, self.count) * (conditional - null)
+        scale = self.scales.index_select(0, self.count) if self.guided else None
         if self.released_draws:
+            logits = logits.float() if scale is None else guide(logits.float(), scale)
             both = self.sampling.probabilities(logits).repeat(2, 1)
             both = both if self.generator is None else both.to(self.generator.device)
             drawn = torch.multinomial(both, 1, generator=self.generator)
             codes = drawn[: self.num_images, 0].to(self.codes.device)
         else:
-            codes = self.sampling.choose(logits, self.uniform.index_select(1, self.count)[:, 0])
+            codes = self.sampling.choose(logits, self.uniform.index_select(1, self.count)[:, 0], scale)
         self.codes.index_copy_(1, self.count, codes[:, None])
         self.previous.copy_(codes.repeat(self.rows // self.num_images)[:, None])
         self.count.add_(1)
 
-    def _capture(self) -> torch.cuda.CUDAGraph | None:
-        """Record one step; None, with a warning, where it cannot be recorded.
+    def _capture(self, run: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph | None:
+        """Record what ``run`` does; None, with a warning, where it cannot be recorded.
 
-        What it computes while it is recorded is overwritten by :meth:`begin`.
+        What it computes while it is recorded is overwritten by :meth:`begin`. Graphs that are replayed one after the
+        other share a ``pool`` of memory.
         """
         self.cache.begun = True
         with torch.cuda.device(self.codes.device):
@@ -151,14 +181,14 @@ class TokenDecoder:
             with torch.cuda.stream(side):
                 for _ in range(3):  # compiles kernels and lets libraries choose theirs
                     self.rewind()
-                    self._advance()
+                    run()
             torch.cuda.current_stream().wait_stream(side)
             self.rewind()
             graph = torch.cuda.CUDAGraph()
             try:
                 # Other threads may go on: those that watch NCCL or pin batches would break a "global" capture.
-                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                    self._advance()
+                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                    run()
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 logger.warning("decoding step by step, slowly: the step cannot be captured as a graph (%s)", reason)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from genssm.kernels.draw_token import draw_token
+
 # B images, V vocabulary, T tokens of an image
 
 
@@ -36,11 +38,28 @@ class TokenSampling:
         """The distribution that a token is drawn from, for ``logits`` (..., V) float32; temperature above 0."""
         return filter_logits(logits / self.temperature, self.top_k, self.top_p).softmax(dim=-1)
 
-    def choose(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """Tokens (B,), int64, from ``logits`` (B, V), float32, and random numbers ``uniform`` (B,) in [0, 1)."""
+    def choose(self, logits: torch.Tensor, uniform: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Draw with given random numbers, so that an image's draws depend on its own generator alone.
+
+        Args:
+            logits: (B, V); with ``scale`` (2 B, V), those with the condition first.
+            uniform: random numbers in [0, 1), (B,), float32.
+            scale: of the guidance, (1,), float32; None for logits that need none.
+        Returns:
+            Tokens (B,), int64.
+        """
+        if self.temperature and not self.top_k and self.top_p == 1:
+            return draw_token(logits, uniform, scale, temperature=self.temperature)
+        logits = logits.float() if scale is None else guide(logits.float(), scale)
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        return invert_cdf(self.probabilities(logits), uniform)
+        return draw_token(filter_logits(logits / self.temperature, self.top_k, self.top_p), uniform)
+
+
+def guide(logits: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """null + scale (condition - null) of logits (2 B, V), those with the condition first; returns (B, V)."""
+    conditional, null = logits.chunk(2)
+    return null + scale * (conditional - null)
 
 
 def filter_logits(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
@@ -64,22 +83,3 @@ def filter_logits(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> t
         removed[..., -1] = False
         logits = logits.masked_fill(removed.scatter(-1, index, removed), nothing)
     return logits
-
-
-def invert_cdf(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Draw from distributions with given random numbers: the first token whose cumulative probability exceeds them.
-
-    One number per token, so an image's draws depend on its own generator alone, and a captured graph draws anew each
-    time it is replayed.
-
-    Args:
-        probabilities: (B, V).
-        uniform: (B,) in [0, 1).
-    Returns:
-        (B,), int64; never a token of probability 0.
-    """
-    # Among thousands of tokens float32 sums would move the borders of unlikely ones.
-    exact = torch.float32 if probabilities.device.type == "mps" else torch.float64
-    cumulative = probabilities.to(exact).cumsum(dim=-1)
-    below = cumulative <= uniform.to(exact)[:, None] * cumulative[:, -1:]
-    return below.sum(dim=-1).clamp(max=probabilities.shape[-1] - 1)

@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline
 from genssm.models import AiM, CaptionTokenizer, TextEncoder
 from genssm.pipelines import AutoregressiveImagePipeline
 from genssm.pipelines.code_images import guidance_scales
-from genssm.pipelines.token_sampling import TokenSampling, filter_logits, invert_cdf
+from genssm.kernels.draw_token import invert_cdf
+from genssm.pipelines.token_sampling import TokenSampling, filter_logits
 from tests.models.common import randomise
 from tests.models.test_vq import make_tokenizer
 
