@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from genssm.kernels.triton_launch import compiled_for_nvidia
+from genssm.kernels.triton_launch import overlaps
 
 
 @triton.jit
@@ -21,7 +21,5 @@ def wait_for_inputs(OVERLAP: tl.constexpr):
 
 
 def overlap(device: torch.device) -> dict[str, bool]:
-    """Arguments of a launch whose kernel calls `wait_for_inputs`; devices before sm_90 and other makers' know no such."""
-    if compiled_for_nvidia(device.type) and torch.cuda.get_device_capability(device) >= (9, 0):
-        return {"OVERLAP": True, "launch_pdl": True}
-    return {"OVERLAP": False}
+    """Arguments of a launch whose kernel calls `wait_for_inputs`; the option is an error where it is not known."""
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps(device) else {"OVERLAP": False}

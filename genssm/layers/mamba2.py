@@ -9,6 +9,7 @@ from torch import nn
 from genssm.kernels.add_norm import add_norm
 from genssm.kernels.causal_conv1d import causal_conv1d
 from genssm.kernels.mamba2_step import mamba2_step
+from genssm.kernels.row_linear import row_linear
 from genssm.kernels.ssd import ssd
 from genssm.layers.directions import DepthwiseTaps, DirectedMixer, initial_dt_bias
 from genssm.layers.modulation import product_dtype, upcast
@@ -41,6 +42,14 @@ class GroupRMSNorm(nn.Module):
         x = upcast(x).unflatten(-1, (self.groups, -1))
         x = F.rms_norm(x, x.shape[-1:], eps=self.eps).flatten(-2)
         return (x * upcast(self.weight)).to(self.weight.dtype)
+
+
+def few_rows(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``linear(x)`` for x (R, K), by the operator for few rows where the layer is nothing but its weights."""
+    bare = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and "forward" not in vars(linear)
+    if bare and not (linear._forward_hooks or linear._forward_pre_hooks) and product_dtype(x) is None:
+        return row_linear(x, linear.weight, linear.bias)
+    return linear(x)
 
 
 @dataclasses.dataclass
@@ -202,10 +211,10 @@ class Mamba2(DirectedMixer):
         """
         self.check_state()
         y = mamba2_step(
-            self.in_proj(hidden_states), state.conv, state.ssm, *self.taps(), self.A_log, self.D, self.dt_bias,
-            ngroups=self.map_shape[0],
+            few_rows(self.in_proj, hidden_states), state.conv, state.ssm, *self.taps(),
+            self.A_log, self.D, self.dt_bias, ngroups=self.map_shape[0],
         )  # (B, E)  # fmt: skip
-        return self.out_proj(self.norm(y))
+        return few_rows(self.out_proj, self.norm(y))
 
     def allocate_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32

@@ -4,6 +4,7 @@ python -m genssm.kernels.mamba2_step.benchmark --shapes 16x24x64x128 128x24x64x1
 """
 
 import argparse
+import functools
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from genssm.kernels.mamba2_step import mamba2_step
 
 _LETTERS = "BxHxPxN"
 _SHAPES = {"cuda": ("16x24x64x128", "128x24x64x128", "16x48x64x128"), "cpu": ("2x4x16x16",)}
-_CALLS = 20  # in one captured graph
 
 
 def arguments(sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -49,23 +49,6 @@ def check(backend: str, device: torch.device, dtype: torch.dtype) -> None:
     print(f"parity {backend}: {error:.1e}")
 
 
-def microseconds(backend: str, inputs: dict[str, Tensor]) -> float:
-    """Of one call; on CUDA of calls inside a captured graph, where no host is waited for."""
-    device = inputs["projected"].device
-
-    def calls() -> None:
-        for _ in range(_CALLS):
-            mamba2_step(**inputs, backend=backend)
-
-    if device.type == "cuda":
-        calls()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            calls()
-        calls = graph.replay
-    return 1000 * benchmarking.milliseconds(calls, device) / _CALLS
-
-
 def main() -> None:
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,7 +68,8 @@ def main() -> None:
         inputs = arguments(shape, device, dtype)
         traffic = 2 * inputs["ssm_state"].nbytes
         for backend in backends:
-            time = microseconds(backend, inputs)
+            call = functools.partial(mamba2_step, **inputs, backend=backend)
+            time = benchmarking.captured_microseconds(call, device)
             print(f"{'x'.join(map(str, shape)):>16} {backend:<10} {time:8.1f} us, {traffic / time / 1e3:7.1f} GB/s")
 
 

@@ -1,20 +1,20 @@
 """A linear map of few rows in Triton, whose weights are on their way before the rows are there."""
 
 # R rows, K channels in, N channels out; S = SHARES warps, each with channels of its own in every chunk
+# ruff: noqa: RUF005 - Triton's compiler knows no starred tuples
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from genssm.kernels.triton_launch import device_of, launch
+from genssm.kernels.triton_launch import device_of, launch, overlaps, processors, refuse_double, shared_memory
 from genssm.kernels.triton_overlap import overlap, wait_for_inputs
 
 _NAME = "row_linear"
-_COLUMNS = 32  # channels out of a program
 _SHARES = 8
-_SHARE = 32  # channels in of a warp in a chunk
-_AHEAD = 3  # chunks on their way
+_SHARED = 160 * 1024  # bytes of shared memory that suffice for all choices
+_ROWS = 16  # of a program, the least that the matrix units take
 
 
 @triton.jit
@@ -64,19 +64,35 @@ def row_linear_kernel(
     tl.store(y + r[:, None] * channels_out + n[None, :], out, mask=mask)
 
 
+def sizes(channels_out: int, device: torch.device, bytes_each: int) -> tuple[int, int, int]:
+    """Channels out of a program, channels in of a warp in a chunk, and chunks on their way.
+
+    Where there are few programs each has more bytes on their way. 64 KB of shared memory suffice for the last choice.
+    """
+    if not overlaps(device) or shared_memory(device) < _SHARED:
+        return 32, 16, 4 // bytes_each
+    return (16, 32, 6) if triton.cdiv(channels_out, 16) <= processors(device) else (32, 32, 3)
+
+
 def row_linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Arguments and result as of `row_linear`."""
+    """Arguments and result as of `row_linear`.
+
+    Raises:
+        ValueError: float64 tensors.
+    """
+    refuse_double(_NAME, x, weight)
     rows, channels_in = x.shape
     channels_out = weight.shape[0]
     x = x if x.stride(1) == 1 else x.contiguous()
     y = x.new_empty(rows, channels_out)
-    block = 16 if rows <= 16 else 32
-    with device_of(x):
-        launch(
-            row_linear_kernel, (triton.cdiv(channels_out, _COLUMNS), triton.cdiv(rows, block)),
-            x=x, weight=weight.contiguous(), bias=bias, y=y, rows=rows, x_r=x.stride(0),
-            channels_in=channels_in, channels_out=channels_out, BLOCK_R=block, BLOCK_N=_COLUMNS,
-            SHARES=_SHARES, SHARE=_SHARE, CHUNKS=triton.cdiv(channels_in, _SHARES * _SHARE), AHEAD=_AHEAD,
-            num_warps=_SHARES, **overlap(x.device),
-        )  # fmt: skip
+    columns, share, ahead = sizes(channels_out, x.device, x.element_size())
+    if rows:
+        with device_of(x):
+            launch(
+                row_linear_kernel, (triton.cdiv(channels_out, columns), triton.cdiv(rows, _ROWS)),
+                x=x, weight=weight.contiguous(), bias=bias, y=y, rows=rows, x_r=x.stride(0),
+                channels_in=channels_in, channels_out=channels_out, BLOCK_R=_ROWS, BLOCK_N=columns, SHARES=_SHARES,
+                SHARE=share, CHUNKS=triton.cdiv(channels_in, _SHARES * share), AHEAD=ahead, num_warps=_SHARES,
+                **overlap(x.device),
+            )  # fmt: skip
     return y

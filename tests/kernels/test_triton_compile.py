@@ -18,7 +18,7 @@ from torch import Tensor
 TARGETS = [("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)]
 TARGETS += [("hip", "gfx90a", 64), ("hip", "gfx942", 64), ("hip", "gfx1100", 32)]
 SHARED_LIMIT = 64 * 1024
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
@@ -58,6 +58,8 @@ def compile_for(kernel, arguments: dict, target: tuple):
         elif known or (value == 1 and not parameter.do_not_specialize):
             signature[parameter.name] = "constexpr"
             constants[(i,)] = value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
             if value % 16 == 0 and not parameter.do_not_specialize:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from genssm.layers import Mamba2
+from genssm.layers import Mamba2, mamba2
 from genssm.layers.mamba2 import GroupRMSNorm
 
 
@@ -162,3 +162,23 @@ def test_norm_keeps_the_dtype_of_its_weight() -> None:
     norm = GroupRMSNorm(8, 2)
     assert norm(torch.randn(3, 8).bfloat16()).dtype == torch.float32
     assert norm.bfloat16()(torch.randn(3, 8)).dtype == torch.bfloat16
+
+
+def test_a_step_goes_through_layers_that_are_more_than_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator for few rows takes plain layers; hooks and replaced layers get their call."""
+    taken = []
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        taken.append(weight)
+        return F.linear(x, weight, bias)
+
+    monkeypatch.setattr(mamba2, "row_linear", linear)
+    mixer, x = Mamba2(16, headdim=8, d_state=4), torch.randn(3, 16)
+    expected = mixer.step(x, mixer.allocate_state(3))
+    assert [len(weight) for weight in taken] == [len(mixer.in_proj.weight), 16]
+    mixer.in_proj.register_forward_hook(lambda module, given, result: 2 * result)
+    state = mixer.allocate_state(3)
+    mixer.out_proj = torch.nn.Sequential(mixer.out_proj)
+    taken.clear()
+    assert not torch.equal(mixer.step(x, state), expected)
+    assert taken == []

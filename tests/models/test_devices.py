@@ -183,5 +183,6 @@ def test_a_captured_step_asks_the_host_nothing(
         assert decoder.begin(given, codes, uniform, scales) == 4
         with Copies() as copies:
             decoder.step()
+            decoder._start(codes[:, :0], given)
         assert copies.seen == []
         assert decoder.codes.device == CUDA

@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from genssm.kernels.draw_token import invert_cdf
 from genssm.models import AiM, CaptionTokenizer, TextEncoder
 from genssm.pipelines import AutoregressiveImagePipeline
 from genssm.pipelines.code_images import guidance_scales
-from genssm.kernels.draw_token import invert_cdf
 from genssm.pipelines.token_sampling import TokenSampling, filter_logits
 from tests.models.common import randomise
 from tests.models.test_vq import make_tokenizer
@@ -296,8 +296,10 @@ def test_inverted_cdf_never_draws_the_impossible() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("call", [{}, FILTERED, {"guidance_scale": 2.0}], ids=str)
-def test_captured_graph_draws_what_the_plain_loop_draws(call: dict) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_graph_draws_what_the_plain_loop_draws(call: dict, dtype: torch.dtype) -> None:
     pipe = make_pipe().to("cuda")
+    pipe.model.to(dtype)
     for _ in range(2):  # the second call replays the graph of the first
         loop, graph = (
             pipe(LABELS, generator=generators(range(4)), output_type="latent", cuda_graph=use, **call).images
