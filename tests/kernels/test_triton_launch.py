@@ -52,7 +52,8 @@ def normal(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 def arguments(**changes: Tensor | int | None) -> dict:
     tensors = {name: torch.zeros(64) for name in ("projected", "state", "weight", "bias", "mapped")}
-    numbers = {"p_b": 7, "c_b": 8, "m_b": 9, "first": 1, "channels": 32, "W": 4, "BLOCK": 256, "num_warps": 4}
+    numbers = {"p_b": 7, "c_b": 8, "m_b": 9, "first": 1, "channels": 32}
+    numbers |= {"W": 4, "BLOCK": 256, "OVERLAP": False, "num_warps": 4}
     return {**tensors, **numbers, **changes}
 
 
@@ -71,7 +72,7 @@ def test_the_second_launch_runs_the_binary_on_addresses_in_the_order_of_the_para
     assert len(normal) == 1
     assert normal[0]["grid"] == (2, 5) and all(normal[0][name] is value for name, value in first.items())
     addresses = [second[name].data_ptr() for name in ("projected", "state", "weight", "bias", "mapped")]
-    call = (9, 1, 1, "stream of 3", "function", "metadata", None, None, None, *addresses, 7, 8, 9, 1, 32, 4, 256)
+    call = (9, 1, 1, "stream of 3", "function", "metadata", None, None, None, *addresses, 7, 8, 9, 1, 32, 4, 256, False)
     assert normal[0]["binary"].runs == [call]
 
 
