@@ -105,7 +105,13 @@ def _capability(index: int) -> tuple[int, int]:
 
 def overlaps(device: torch.device) -> bool:
     """Whether a kernel may begin before the one before it has ended: NVIDIA's devices from sm_90 on."""
-    return compiled_for_nvidia(device.type) and _capability(device.index or 0) >= (9, 0)
+    return _overlaps(device.type, device.index or 0)
+
+
+# A constant to torch.compile, as the choice of a backend is.
+@torch.compiler.assume_constant_result
+def _overlaps(kind: str, index: int) -> bool:
+    return compiled_for_nvidia(kind) and _capability(index) >= (9, 0)
 
 
 def register_limit(device: torch.device, registers: int) -> dict[str, int]:

@@ -40,9 +40,9 @@ def conv_step_kernel(
     tl.store(mapped + b * m_b + e, total * sigmoid(total), mask=mask)
 
 
-@triton.jit(do_not_specialize=["p_b", "s_b", "m_b", "y_b"])
+@triton.jit(do_not_specialize=["p_b", "m_b", "y_b"])
 def scan_step_kernel(
-    mapped, projected, state, a_log, skip, dt_bias, y, p_b, s_b, m_b, y_b, per_group, width, states,
+    mapped, projected, state, a_log, skip, dt_bias, y, p_b, m_b, y_b, per_group, width, states,
     INNER: tl.constexpr, MAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """State of BLOCK_P channels of a head moved on by one token; its output, gated."""
@@ -53,7 +53,7 @@ def scan_step_kernel(
     p_mask, n_mask = p < width, n < states
     channel = head * width + p
     # The state is nearly all there is to read: ask for it first, while the convolution still runs.
-    at = state + b * s_b + channel[:, None] * states + n[None, :]
+    at = state + (b * INNER + channel)[:, None] * states + n[None, :]
     mask = p_mask[:, None] & n_mask[None, :]
     before = tl.load(at, mask=mask, other=0.0)
     dt_shift = tl.load(dt_bias + head).to(tl.float32)
@@ -111,7 +111,7 @@ def step_triton(
         launch(
             scan_step_kernel, (triton.cdiv(width, block_p), heads, batch),
             mapped=mapped, projected=projected, state=ssm_state, a_log=A_log, skip=D, dt_bias=dt_bias, y=y,
-            p_b=projected.stride(0), s_b=ssm_state.stride(0), m_b=mapped.stride(0), y_b=y.stride(0),
+            p_b=projected.stride(0), m_b=mapped.stride(0), y_b=y.stride(0),
             per_group=heads // ngroups, width=width, states=states,
             INNER=inner, MAPS=maps, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=1, **early,
         )  # fmt: skip
