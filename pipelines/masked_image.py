@@ -1,6 +1,7 @@
 """Images from a model that guesses masked codes (:class:`genssm.models.MaskMamba`), all codes at once, step by step."""
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -8,14 +9,15 @@ from diffusers import AmusedScheduler, ImagePipelineOutput, ModelMixin
 
 from genssm.pipelines.code_images import CodePipeline, Condition, Labels, Texts, guidance_scales
 from genssm.pipelines.denoising import BatchInvariant, Generators
-from genssm.pipelines.token_sampling import TokenSampling, filter_logits
+from genssm.pipelines.token_decoding import draw_uniform
+from genssm.pipelines.token_sampling import TokenSampling, filter_logits, invert_cdf
 
 
 class MaskedImagePipeline(CodePipeline):
     """Class- or text-conditional and unconditional images by unmasking codes, the surest first.
 
-    Steps are those of diffusers' ``AmusedScheduler``, taken image by image, so that an image depends on its generator
-    and its condition, not on the batch it is made in.
+    Steps are those of diffusers' ``AmusedScheduler``, with random numbers of each image's own, so that an image depends
+    on its generator and its condition, not on the batch it is made in.
 
     Args:
         model: guesses the codes.
@@ -120,14 +122,14 @@ class MaskedImagePipeline(CodePipeline):
         device, mask_code = self._execution_device, self.model.mask_code
         condition = self._condition(labels, texts, num_images, device)
         codes = self._start(codes, num_images).to(device)  # (B, T)
-        shares = (codes == mask_code).float().mean(dim=1).tolist()
+        shares = (codes == mask_code).float().mean(dim=1)
 
         self.scheduler.set_timesteps(num_inference_steps, choice_temperature, device)
         with self.progress_bar(total=num_inference_steps) as bar:
             for i, t in enumerate(self.scheduler.timesteps):
                 logits = self._predict(codes, condition, float(scales[i]), guided)  # (B, T, V)
                 logits = filter_logits(logits / sampling.temperature, top_k, top_p)
-                codes = self._step(logits, t, codes, shares, generator)
+                codes = self._step(logits, i, codes, shares, generator)
                 if callback_on_step_end is not None:
                     given = dict.fromkeys(callback_on_step_end_tensor_inputs, codes)
                     codes = (callback_on_step_end(self, i, t, given) or {}).get("codes", codes)
@@ -166,20 +168,28 @@ class MaskedImagePipeline(CodePipeline):
         return null + scale * (conditional - null)
 
     def _step(
-        self,
-        logits: torch.Tensor,
-        timestep: torch.Tensor,
-        codes: torch.Tensor,
-        shares: Sequence[float],
-        generator: Generators,
+        self, logits: torch.Tensor, step: int, codes: torch.Tensor, shares: torch.Tensor, generator: Generators
     ) -> torch.Tensor:
-        """One step of the scheduler for each image; an image without masked codes stays as it is."""
-        many = isinstance(generator, Sequence)
-        rows = []
-        for i, share in enumerate(shares):
-            row = codes[i : i + 1]
-            if share:
-                source = generator[i] if many else generator
-                row = self.scheduler.step(logits[i : i + 1], timestep, row, share, source).prev_sample
-            rows.append(row)
-        return torch.cat(rows)
+        """``AmusedScheduler.step`` for all images at once, each with its own random numbers and share of masked codes.
+
+        The scheduler's own takes one generator and one share for a whole batch; called image by image it launches
+        some twenty operations for each.
+        """
+        config, steps, tokens = self.scheduler.config, len(self.scheduler.timesteps), codes.shape[1]
+        masked = codes == config.mask_token_id  # (B, T)
+        draw, choice = draw_uniform((len(codes), 2 * tokens), generator, codes.device).chunk(2, dim=1)
+        probabilities = logits.softmax(dim=-1)
+        drawn = invert_cdf(probabilities.flatten(0, 1), draw.flatten()).view_as(codes)
+        chosen = torch.where(masked, drawn, codes)
+        if step == steps - 1:
+            return chosen
+        ratio = torch.tensor((step + 1) / steps, device=codes.device)
+        left = torch.cos(ratio * math.pi / 2) if config.masking_schedule == "cosine" else 1 - ratio
+        count = masked.sum(dim=1)
+        # As many as the schedule says, at least one, but fewer than before; an image without masked codes stays so.
+        again = torch.minimum((tokens * (shares * left)).floor(), count - 1).clamp(min=1).where(count > 0, 0)
+        sure = probabilities.gather(-1, drawn[..., None])[..., 0].clamp(min=1e-20).log()
+        noise = -torch.log((-torch.log(choice.clamp(min=1e-20))).clamp(min=1e-20))  # Gumbel
+        sure = (sure + self.scheduler.temperatures[step] * noise).masked_fill(~masked, math.inf)
+        rank = sure.argsort(dim=1, stable=True).argsort(dim=1)
+        return chosen.masked_fill(rank < again[:, None], config.mask_token_id)

@@ -22,8 +22,10 @@ def draw_uniform(shape: tuple[int, int], generator: Generators, device: torch.de
     for i in range(shape[0]):
         source = generator[i] if many else generator
         place = device if source is None else source.device
-        rows.append(torch.rand(shape[1], generator=source, device=place, dtype=torch.float32).to(device))
-    return torch.stack(rows)
+        rows.append(torch.rand(shape[1], generator=source, device=place, dtype=torch.float32))
+    if len({row.device for row in rows}) > 1:
+        rows = [row.to(device) for row in rows]
+    return torch.stack(rows).to(device)  # one copy for all images
 
 
 class TokenDecoder:
