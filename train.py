@@ -24,6 +24,7 @@ from diffusers.optimization import get_scheduler
 
 from genssm.config import RunConfig, describe_keys, dump_config, load_config
 from genssm.data.loading import Shares, training_batches
+from genssm.devices import means_cpu
 from genssm.env import device_name, versions
 from genssm.errors import cli
 from genssm.layers import parameter_groups
@@ -369,6 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tracker = None if config.log.report_to == "none" else config.log.report_to
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(
+        cpu=means_cpu(),
         mixed_precision=config.train.mixed_precision,
         log_with=tracker,
         project_dir=config.train.output_dir,

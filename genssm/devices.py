@@ -1,8 +1,9 @@
-"""The ``--device`` of command lines, checked before anything long begins."""
+"""The device of command lines: ``--device``, checked before anything long begins, and whether the CPU is meant."""
 
 import argparse
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 
 def device_option(text: str) -> str:
@@ -23,3 +24,14 @@ def device_option(text: str) -> str:
     if text not in known:
         raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine, which has {', '.join(known)}")
     return text
+
+
+def means_cpu(device: str | None = None) -> bool:
+    """Whether a command runs on the CPU: it says so, its launcher does, or there is no accelerator.
+
+    accelerate joins the processes of a launcher on the CPU only when told; untold, each would do all the work alone.
+
+    Args:
+        device: what ``--device`` says, if anything.
+    """
+    return device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
