@@ -51,9 +51,11 @@ def record(device: torch.device, warm_up: Callable[[], None], *calls: Callable[[
 
 def weights_move(model: nn.Module) -> bool:
     """Whether hooks move or cast weights, or autocast copies them: a graph would not find them."""
-    hooks = ("_hf_hook", "_diffusers_hook")  # of accelerate and of diffusers
-    hooked = any(hasattr(module, name) for module in model.modules() for name in hooks)
-    return hooked or torch.is_autocast_enabled(KIND)
+    for module in model.modules():
+        registry = getattr(module, "_diffusers_hook", None)  # pipelines give some models an empty one
+        if hasattr(module, "_hf_hook") or (registry is not None and registry.hooks):
+            return True
+    return torch.is_autocast_enabled(KIND)
 
 
 def evaluates_alike(model: nn.Module) -> bool:
