@@ -164,7 +164,8 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
             for which in (name, "dit"):
                 for mode in args.modes:
                     torch.manual_seed(0)
-                    model, size = build(which, size, args, side)
+                    with device:  # where a large model has its initial weights soonest
+                        model, size = build(which, size, args, side)
                     tokens = (side // size.patch) ** 2
                     batch = max(args.tokens // tokens, 1)
                     if mode == "compiled":
