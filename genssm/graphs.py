@@ -169,7 +169,9 @@ class ForwardGraphs:
 class TrainingGraph(_Recorded):
     """A call and its backward pass, replayed; the gradients arrive in ``parameters``, as after ``backward()``.
 
-    One backward pass belongs to each call, before the next one: both overwrite what they left the time before.
+    One backward pass belongs to each call, before the next one: either graph writes where the other one left results.
+    The gradients of earlier parts of a step are moved out of their way. Those of the results are read in the layout of
+    the results; where they arrive in another one, a product may add in another order than without graphs.
 
     Args:
         call: called with tensors on one device that need no gradients, among others.
@@ -208,8 +210,15 @@ class TrainingGraph(_Recorded):
 
     def __call__(self, leaves: Iterable[Any]) -> Any:
         """The results for these arguments; the next call overwrites them."""
+        self._move_gradients()
         self.read(leaves)
         return tree_unflatten(list(_Replay.apply(self, self.anchor)), self.spec)
+
+    def _move_gradients(self) -> None:
+        """Give gradients that the last replay left, and nobody took away, memory of their own."""
+        for parameter, gradient in zip(self.parameters, self.gradients):
+            if parameter.grad is not None and parameter.grad is gradient:
+                parameter.grad = gradient.clone()
 
 
 class _Replay(torch.autograd.Function):
@@ -231,12 +240,14 @@ class _Replay(torch.autograd.Function):
         wanted = [gradient for gradient, d in zip(arrived, recorded.differentiable) if d]
         for own, gradient in zip(recorded.given, wanted):
             own.copy_(gradient)
-        # Of earlier parts of a step; they may lie where the replay writes.
-        earlier = [None if p.grad is None else p.grad.clone() for p in recorded.parameters]
         recorded.backward.replay()
-        for parameter, gradient, before in zip(recorded.parameters, recorded.gradients, earlier):
-            if gradient is not None:
-                parameter.grad = gradient if before is None else gradient.add_(before)
+        for parameter, gradient in zip(recorded.parameters, recorded.gradients):
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:  # of earlier parts of a step
+                parameter.grad.add_(gradient)
         return None, None
 
 

@@ -19,7 +19,6 @@ class MotionReconstruction(Task):
 
     component = "vae"
     unit = "clips"
-    recordable = False  # its output holds a distribution
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         super().__init__(config, device)
