@@ -7,7 +7,7 @@ numbers go on from the generator of the device as they would without a graph.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -164,6 +164,26 @@ class ForwardGraphs:
             reason = str(error).splitlines()[0]
             logger.warning("evaluating operation by operation: the model cannot be recorded as a graph (%s)", reason)
             return None
+
+
+Kept = tuple[tuple, ForwardGraphs] | None  # with what they were recorded for
+
+
+def graphs_for(model: nn.Module, shape: Sequence[int], condition: Mapping[str, torch.Tensor], kept: Kept) -> Kept:
+    """The graphs of an earlier call if this one is of their kind, else new ones; None if nothing may be recorded.
+
+    Args:
+        model: what is evaluated.
+        shape: of the samples.
+        condition: further arguments.
+        kept: of the earlier call.
+    """
+    if not evaluates_alike(model):
+        return None
+    inputs = tuple((name, x.shape, x.dtype) for name, x in condition.items())
+    state = (model.training, model.dtype, torch.is_inference_mode_enabled(), places(model))
+    key = (model, tuple(shape), inputs, state)
+    return kept if kept is not None and kept[0] == key else (key, ForwardGraphs(model))
 
 
 class TrainingGraph(_Recorded):

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from genssm import paths
 from genssm.data.latents import encode_images
-from genssm.graphs import ForwardGraphs, evaluates_alike, places
+from genssm.graphs import Kept, graphs_for
 from genssm.models import MODELS
 from genssm.pipelines.inputs import ImageInput, Start, to_mask, to_pixels
 from genssm.schedulers import first_time, flow_settings, velocity_at_data
@@ -204,7 +204,7 @@ class DenoisingPipeline(DiffusionPipeline):
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
     _records: ClassVar[bool] = True  # whether evaluations may run as graphs
     _cuda_graph = True  # as the call in progress says
-    _graphs: tuple[Any, ForwardGraphs] | None = None
+    _graphs: Kept = None
 
     @classmethod
     def _get_signature_types(cls) -> dict[str, tuple[type, ...]]:
@@ -411,13 +411,8 @@ class DenoisingPipeline(DiffusionPipeline):
         """
         model, kept = self.denoiser, self._graphs
         self._graphs = None
-        allowed = self._cuda_graph and self._records and one_size
-        if not allowed or getattr(model, "skip_tuning", None) is not None or not evaluates_alike(model):
-            return
-        inputs = tuple((name, x.shape, x.dtype) for name, x in condition.items())
-        state = (model.training, model.dtype, torch.is_inference_mode_enabled(), places(model))
-        key = (model, tuple(shape), inputs, state)
-        self._graphs = kept if kept is not None and kept[0] == key else (key, ForwardGraphs(model))
+        if self._cuda_graph and self._records and one_size and getattr(model, "skip_tuning", None) is None:
+            self._graphs = graphs_for(model, shape, condition, kept)
 
     def _skip_steps(
         self, strength: float, num_inference_steps: int, timesteps: torch.Tensor, times: torch.Tensor

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline
 
 from genssm.models import DiM, DiMSUM
 from genssm.pipelines import ClassConditionalImagePipeline, TextToMotionPipeline
@@ -13,7 +13,7 @@ from genssm.pipelines.denoising import DenoisingPipeline
 from genssm.schedulers import swap_scheduler
 from genssm.training.objectives import DiffusionObjective, FlowObjective
 from tests.models import test_dim, test_dimsum
-from tests.pipelines import test_text_to_image, test_text_to_motion, test_upsampling, test_video
+from tests.pipelines import test_masked_image, test_text_to_image, test_text_to_motion, test_upsampling, test_video
 from tests.pipelines.conftest import make_denoiser
 from tests.pretend_graphs import PretendGraph
 
@@ -64,7 +64,7 @@ def texts(pipe: DenoisingPipeline, graph: bool) -> torch.Tensor:
                 num_inference_steps=STEPS, output_type="latent", cuda_graph=graph).images  # fmt: skip
 
 
-CASES: dict[str, tuple[Callable[[], DenoisingPipeline], Call]] = {
+CASES: dict[str, tuple[Callable[[], DiffusionPipeline], Call]] = {
     "ZigMa": (classes, images()),
     "guidance": (classes, images(guidance_scale=2.0)),
     # with guidance in the middle alone: two kinds of evaluations
@@ -81,6 +81,7 @@ CASES: dict[str, tuple[Callable[[], DenoisingPipeline], Call]] = {
         lambda pipe, graph: pipe([0, 1], num_inference_steps=STEPS, output_type="latent", generator=seeds(2),
                                  cuda_graph=graph).frames,
     ),
+    "masked codes": (test_masked_image.make_pipe, images(guidance_scale=2.0)),
     "motion": (test_text_to_motion.latent_pipeline, motions),
     "frames of motion": (test_text_to_motion.frame_pipeline, motions),
     "long motion": (test_text_to_motion.frame_pipeline, long_motion),
@@ -95,7 +96,7 @@ def anywhere(device: torch.device, request: pytest.FixtureRequest) -> torch.devi
     return device
 
 
-def prepared(make: Callable[[], DenoisingPipeline], device: torch.device) -> DenoisingPipeline:
+def prepared(make: Callable[[], DiffusionPipeline], device: torch.device) -> DiffusionPipeline:
     pipe = make().to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -106,6 +107,7 @@ def test_the_same_numbers(case: str, anywhere: torch.device) -> None:
     """In the first call, in the next, with other weights in the same places, and with weights that were replaced."""
     make, call = CASES[case]
     pipe = prepared(make, anywhere)
+    model = pipe.model if "model" in pipe.components else pipe.denoiser
     expected = call(pipe, False)
     assert pipe._graphs is None
     for _ in range(2):
@@ -113,16 +115,16 @@ def test_the_same_numbers(case: str, anywhere: torch.device) -> None:
     kept = pipe._graphs[1]
     assert kept.graphs and None not in kept.graphs.values()
     with torch.no_grad():
-        for parameter in pipe.denoiser.parameters():
+        for parameter in model.parameters():
             parameter.mul_(0.9)
-    found, weights = call(pipe, True), {name: x.clone() for name, x in pipe.denoiser.state_dict().items()}
+    found, weights = call(pipe, True), {name: x.clone() for name, x in model.state_dict().items()}
     assert pipe._graphs[1] is kept
-    for parameter in pipe.denoiser.parameters():
+    for parameter in model.parameters():
         parameter.data = 1.1 * parameter.data
     replaced = call(pipe, True)
     assert pipe._graphs[1] is not kept
     assert torch.equal(replaced, call(pipe, False)) and pipe._graphs is None
-    pipe.denoiser.load_state_dict(weights)
+    model.load_state_dict(weights)
     assert torch.equal(found, call(pipe, False))
     assert not torch.equal(found, expected) and not torch.equal(found, replaced)
 
