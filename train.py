@@ -27,6 +27,7 @@ from genssm.data.loading import Shares, training_batches
 from genssm.devices import means_cpu
 from genssm.env import device_name, versions
 from genssm.errors import cli
+from genssm.graphs import TrainingGraphs
 from genssm.layers import parameter_groups
 from genssm.tasks import Task, build_task
 from genssm.training.checkpoint import (
@@ -38,7 +39,7 @@ from genssm.training.checkpoint import (
     save_checkpoint,
     write_text,
 )  # fmt: skip
-from genssm.training.checks import check_numbers, claim_run_folder, flat_config
+from genssm.training.checks import check_cuda_graph, check_numbers, claim_run_folder, flat_config
 from genssm.training.ema import EMA
 from genssm.training.evaluation import Evaluation
 from genssm.training.guard import NonFiniteError, explain_nonfinite
@@ -67,6 +68,7 @@ class Run:
     sharded: bool = False
     trained: torch.nn.Module | None = None  # what is optimised: the task's learner, or a sharded copy of it
     wrapped: torch.nn.Module | None = None  # it, as accelerate runs it
+    stepped: Any = None  # that, or its recorded passes: what a training step calls
     ema: EMA | None = None  # of its parameters
     shown: EMA | None = None  # of the model's: the same average, or its whole copy
     optimizer: Any = None
@@ -103,7 +105,10 @@ def build(config: RunConfig, accelerator: Accelerator) -> Run:
     shares = Shares(
         train.train_batch_size, train.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index
     )
-    return Run(config, accelerator, shares, build_task(config, accelerator.device))
+    task = build_task(config, accelerator.device)
+    if train.cuda_graph:
+        check_cuda_graph(config, task.recordable, accelerator.device, accelerator.num_processes)
+    return Run(config, accelerator, shares, task)
 
 
 def prepare(run: Run, *, sharded: bool = False) -> None:
@@ -145,6 +150,7 @@ def prepare(run: Run, *, sharded: bool = False) -> None:
         run.optimizer = accelerator.prepare(optimizer)
     else:
         run.wrapped, run.optimizer = accelerator.prepare(run.trained, optimizer)
+    run.stepped = TrainingGraphs(run.wrapped, run.trained.parameters()) if train.cuda_graph else run.wrapped
     run.feed = run.task.feed()
 
 
@@ -177,7 +183,7 @@ def draw_step(run: Run, step: int) -> dict[str, torch.Tensor]:
     return run.task.random_numbers(run.shares.batch_size, generator)
 
 
-def part_loss(run: Run, model: torch.nn.Module, step: int, part: int, batch: dict, draws: dict) -> torch.Tensor:
+def part_loss(run: Run, model: Any, step: int, part: int, batch: dict, draws: dict) -> torch.Tensor:
     """Mean loss of one process's part of a step."""
     own = run.shares.slice(part)
     seed_globals(run.config.train.seed, "dropout", step, part, run.shares.rank)
@@ -237,7 +243,7 @@ def train(run: Run, start: int, stop: StopRequest, *, quiet: bool) -> int:
         parts = [next(batches) for _ in range(shares.parts)]
         for part, batch in enumerate(parts):
             with accumulate(run, last=part == shares.parts - 1):
-                loss = part_loss(run, run.wrapped, step, part, batch, draws) / shares.parts
+                loss = part_loss(run, run.stepped, step, part, batch, draws) / shares.parts
                 accelerator.backward(loss)
             window += loss.detach()
         norm = whole(accelerator.clip_grad_norm_(run.trained.parameters(), config.max_grad_norm or math.inf))

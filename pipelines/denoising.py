@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from genssm import paths
 from genssm.data.latents import encode_images
+from genssm.graphs import Kept, graphs_for
 from genssm.models import MODELS
 from genssm.pipelines.inputs import ImageInput, Start, to_mask, to_pixels
 from genssm.schedulers import first_time, flow_settings, velocity_at_data
@@ -201,6 +202,9 @@ class DenoisingPipeline(DiffusionPipeline):
     _makes_video: ClassVar[bool] = False
     _optional_components: ClassVar[list[str]] = ["vae"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    _records: ClassVar[bool] = True  # whether evaluations may run as graphs
+    _cuda_graph = True  # as the call in progress says
+    _graphs: Kept = None
 
     @classmethod
     def _get_signature_types(cls) -> dict[str, tuple[type, ...]]:
@@ -365,6 +369,7 @@ class DenoisingPipeline(DiffusionPipeline):
         """
         device = self._execution_device
         noise = self._prepare_latents(shape, generator, latents, device)
+        self._begin_graphs(shape, condition, one_size=ode_solver not in ADAPTIVE_METHODS)
         if ode_solver is not None:
             return self._solve_ode(noise, start, ode_solver, num_inference_steps, ode_options, condition, null)
         timesteps, times = set_times(self.scheduler, num_inference_steps, device)
@@ -393,6 +398,21 @@ class DenoisingPipeline(DiffusionPipeline):
                 if self._interrupt:
                     break
         return latents
+
+    def _begin_graphs(
+        self, shape: Sequence[int], condition: Mapping[str, torch.Tensor], *, one_size: bool = True
+    ) -> None:
+        """Keep the graphs of earlier calls for this one if it is of their kind; else free them.
+
+        Args:
+            shape: of the samples.
+            condition: see :meth:`_predict`.
+            one_size: whether every evaluation has all samples.
+        """
+        model, kept = self.denoiser, self._graphs
+        self._graphs = None
+        if self._cuda_graph and self._records and one_size and getattr(model, "skip_tuning", None) is None:
+            self._graphs = graphs_for(model, shape, condition, kept)
 
     def _skip_steps(
         self, strength: float, num_inference_steps: int, timesteps: torch.Tensor, times: torch.Tensor
@@ -436,8 +456,9 @@ class DenoisingPipeline(DiffusionPipeline):
         if any(guided):
             condition = {key: torch.cat([value, null[key][rows]]) for key, value in condition.items()}
             x, times = torch.cat([x, x[rows]]), torch.cat([times, times[rows]])
+        evaluate = self.denoiser if self._graphs is None else self._graphs[1]
         with BatchInvariant() if x.device.type == "cpu" else contextlib.nullcontext():
-            prediction = self.denoiser(x.to(self.denoiser.dtype), times, **condition, return_dict=False)[0].float()
+            prediction = evaluate(x.to(self.denoiser.dtype), times, **condition, return_dict=False)[0].float()
         if not any(guided):
             return prediction
         result, unconditional = prediction[: len(guided)].clone(), prediction[len(guided) :]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from diffusers import AmusedScheduler, ImagePipelineOutput, ModelMixin
 
+from genssm.graphs import Kept, graphs_for
 from genssm.pipelines.code_images import CodePipeline, Condition, Labels, Texts, guidance_scales
 from genssm.pipelines.denoising import BatchInvariant, Generators
 from genssm.pipelines.token_decoding import draw_uniform
@@ -28,6 +29,8 @@ class MaskedImagePipeline(CodePipeline):
             None if every call gives embeddings.
         tokenizer: the tokenizer that belongs to it.
     """
+
+    _graphs: Kept = None
 
     def __init__(
         self,
@@ -66,6 +69,7 @@ class MaskedImagePipeline(CodePipeline):
         guidance_schedule: str = "constant",
         codes: torch.Tensor | None = None,
         generator: Generators = None,
+        cuda_graph: bool = True,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Mapping[str, torch.Tensor] | None] | None = None,
@@ -94,6 +98,8 @@ class MaskedImagePipeline(CodePipeline):
             codes: (B, T), ``model.mask_code`` where the model is to fill in; the others stay. None masks all.
             generator: one for all images, or a list with one for each; with a list an image does not depend on the
                 batch it is made in.
+            cuda_graph: on CUDA, replay evaluations that come again and again as a recorded graph, kept for the next
+                call of the same sizes; False evaluates operation by operation, and frees it. The numbers are the same.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent": the codes (B, T).
             return_dict: False returns a tuple.
             callback_on_step_end: called as ``callback(pipe, i, timestep, {"codes": ...})`` after each step; masked
@@ -123,6 +129,9 @@ class MaskedImagePipeline(CodePipeline):
         condition = self._condition(labels, texts, num_images, device)
         codes = self._start(codes, num_images).to(device)  # (B, T)
         shares = (codes == mask_code).float().mean(dim=1)
+        kept, self._graphs = self._graphs, None
+        if cuda_graph:
+            self._graphs = graphs_for(self.model, codes.shape, condition, kept)
 
         self.scheduler.set_timesteps(num_inference_steps, choice_temperature, device)
         with self.progress_bar(total=num_inference_steps) as bar:
@@ -160,8 +169,9 @@ class MaskedImagePipeline(CodePipeline):
 
     def _predict(self, codes: torch.Tensor, condition: Condition, scale: float, guided: bool) -> torch.Tensor:
         """Guided logits (B, T, V), float32."""
+        evaluate = self.model if self._graphs is None else self._graphs[1]
         with BatchInvariant() if codes.device.type == "cpu" else contextlib.nullcontext():
-            logits = self.model(codes.repeat(2, 1) if guided else codes, **condition).logits.float()
+            logits = evaluate(codes.repeat(2, 1) if guided else codes, **condition).logits.float()
         if not guided:
             return logits
         conditional, null = logits.chunk(2)

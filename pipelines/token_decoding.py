@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import ModelMixin
 
+from genssm.graphs import record
 from genssm.pipelines.denoising import BatchInvariant, Generators
 from genssm.pipelines.token_sampling import TokenSampling
 
@@ -147,22 +148,15 @@ class TokenDecoder:
         What it computes while it is recorded is overwritten by :meth:`begin`.
         """
         self.cache.begun = True
-        with torch.cuda.device(self.codes.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):  # compiles kernels and lets libraries choose theirs
-                    self.rewind()
-                    self._advance()
-            torch.cuda.current_stream().wait_stream(side)
+
+        def first() -> None:
             self.rewind()
-            graph = torch.cuda.CUDAGraph()
-            try:
-                # Other threads may go on: those that watch NCCL or pin batches would break a "global" capture.
-                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                    self._advance()
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                logger.warning("decoding step by step, slowly: the step cannot be captured as a graph (%s)", reason)
-                return None
+            self._advance()
+
+        try:
+            (graph,) = record(self.codes.device, first, self._advance)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            logger.warning("decoding step by step, slowly: the step cannot be captured as a graph (%s)", reason)
+            return None
         return graph
