@@ -1,8 +1,10 @@
 """The causal depthwise convolution along orders in Triton. Arguments are the canonical ones of the op.
 
-A program takes tiles of BLOCK_T steps by BLOCK_E channels, one after the other along an order; the W rows of a step
-come from the cache after the first touch. The last programs of the grid each take the states of one sequence.
-Sums of dweight and dbias go to a slot per program and are added afterwards, so two runs give the same bits.
+A program is one warp. It walks along a stretch of an order with BLOCK_E channels and keeps the last W - 1 tokens (in the
+backward also the unfinished gradients of their inputs), so that a row is read once and written once. What a trip of
+UNROLL steps reads is loaded a trip before, the rows that an order visits two. The last programs of the grid each take
+the states of one sequence. Sums of dweight and dbias go to a slot per program and are added afterwards, so two runs
+give the same bits.
 """
 
 # ruff: noqa: RUF005 - Triton's compiler knows no starred tuples
@@ -25,8 +27,10 @@ from genssm.kernels.triton_launch import (
 
 _NAME = "causal_conv1d"
 _BLOCK_E = 128
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-_WANTED = 32  # programs per multiprocessor, beyond which a program takes more tiles
+_UNROLL = 4
+_OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
+_WANTED = 20  # programs per multiprocessor
+_SHORTEST = 32  # steps of a program: it reads W - 1 tokens more at either end
 
 # Lengths and batch sizes never enter a compiled kernel: not as a constant, not through their divisibility.
 _RUNTIME = [
@@ -43,7 +47,7 @@ _RUNTIME = [
     "length",
     "sequences",
     "directions",
-    "tiles",
+    "stretch",
     "time_programs",
     "step_programs",
 ]
@@ -82,21 +86,116 @@ def _inputs_at(x, initial, order, step, first, end, limit, seq, e, e_mask, x_l, 
 
 
 @triton.jit
-def _sequence(order, first_steps, borders, sequence_of_row, step, length, b, k, sequences):
-    """(first step, end, sequence) that the steps (T,) belong to."""
-    if borders is None:
-        first = step * 0
-        end = first + length
-        seq = first + b
-    else:
-        inside = step < length
-        row = step
+def _rows(order, step, length, COUNT: tl.constexpr):
+    """Rows visited at COUNT steps from ``step`` on; outside of the order those of its ends."""
+    rows = ()
+    for i in tl.static_range(COUNT):
+        row = tl.minimum(tl.maximum(step + i, 0), length - 1)
         if order is not None:
-            row = tl.load(order + step, mask=inside, other=0)
-        seq = tl.load(sequence_of_row + row, mask=inside, other=0)
-        first = tl.load(first_steps + k * sequences + seq)
-        end = first + tl.load(borders + seq + 1) - tl.load(borders + seq)
-    return first, end, seq
+            row = tl.load(order + row)
+        rows = rows + (row,)
+    return rows
+
+
+@triton.jit
+def _tokens(base, rows, steps_left, limit, e, e_mask, stride_l, stride_e, COUNT: tl.constexpr):
+    """Vectors (E,) of COUNT rows as they lie in memory; zero behind ``steps_left`` steps and from row ``limit`` on."""
+    values = ()
+    for i in tl.static_range(COUNT):
+        mask = e_mask
+        if steps_left is not None:
+            mask = mask & (i < steps_left)
+        if limit is not None:  # padding may hold anything
+            mask = mask & (rows[i] < limit)
+        at = base + rows[i].to(tl.int64) * stride_l + e.to(tl.int64) * stride_e
+        values = values + (tl.load(at, mask=mask, other=0.0),)
+    return values
+
+
+@triton.jit
+def _window(x, initial, order, step, length, limit, borders, b, e, e_mask, x_l, x_e, i_s, i_e, i_w, W: tl.constexpr):
+    """The W - 1 inputs before ``step``: rows of x, and columns of the initial state before step 0."""
+    rows = _rows(order, step - (W - 1), length, W - 1)
+    values = _tokens(x, rows, None, limit, e, e_mask & (step > 0), x_l, x_e, W - 1)
+    window = ()
+    for j in tl.static_range(W - 1):
+        before = step - (W - 1) + j
+        value = tl.where(before >= 0, values[j].to(tl.float32), 0.0)
+        if (initial is not None) & (borders is None):
+            column = before + (W - 1)
+            at = initial + b.to(tl.int64) * i_s + column * i_w + e.to(tl.int64) * i_e
+            value += tl.load(at, mask=e_mask & (before < 0), other=0.0).to(tl.float32)
+        window = window + (value,)
+    return window
+
+
+@triton.jit
+def _taps(
+    window, value, row, step, initial, first_steps, borders, sequence_of_row, e, e_mask, i_s, i_e, i_w, W: tl.constexpr
+):
+    """The W inputs that a step takes, oldest first, and the first step of its sequence."""
+    taps = ()
+    first = step
+    if borders is not None:
+        seq = tl.load(sequence_of_row + row)
+        first = tl.load(first_steps + seq)
+    for j in tl.static_range(W - 1):
+        tap = window[j]
+        if borders is not None:  # what lies before the border belongs to another sequence
+            before = step - (W - 1) + j
+            tap = tl.where(before >= first, tap, 0.0)
+            if initial is not None:
+                column = before - first + (W - 1)
+                at = initial + seq.to(tl.int64) * i_s + column * i_w + e.to(tl.int64) * i_e
+                tap += tl.load(at, mask=e_mask & (before < first), other=0.0).to(tl.float32)
+        taps = taps + (tap,)
+    return taps + (value,), first
+
+
+@triton.jit
+def _parameters(weight, bias, bias_at, e, e_mask, W: tl.constexpr):
+    """The W vectors (E,) of weights, oldest tap first, and the bias or zeros."""
+    weights = ()
+    for j in tl.static_range(W):
+        weights = weights + (tl.load(weight + e * W + j, mask=e_mask, other=0.0).to(tl.float32),)
+    if bias is None:
+        shift = tl.zeros(e.shape, tl.float32)
+    else:
+        shift = tl.load(bias + bias_at + e, mask=e_mask, other=0.0).to(tl.float32)
+    return weights, shift
+
+
+@triton.jit
+def _last(values, COUNT: tl.constexpr):
+    """The last COUNT of a tuple that has one more."""
+    rest = ()
+    for i in tl.static_range(COUNT):
+        rest = rest + (values[i + 1],)
+    return rest
+
+
+@triton.jit
+def _activation_gradient(g, taps, weights, shift, W: tl.constexpr):
+    """Gradient before the activation, silu, of a step with these W inputs."""
+    y = shift
+    for j in tl.static_range(W):
+        y = y + weights[j] * taps[j]
+    s = _sigmoid(y)
+    return g * s * (1.0 + y * (1.0 - s))
+
+
+@triton.jit
+def _adjoint_step(g, taps, pending, weights, step, first, borders, W: tl.constexpr):
+    """Gradients of the W inputs that a step takes, with what later steps have added to ``pending``, oldest first."""
+    grads = ()
+    for j in tl.static_range(W):
+        grad = weights[j] * g
+        if (borders is not None) & (j < W - 1):
+            grad = tl.where(step - (W - 1) + j >= first, grad, 0.0)
+        if j < W - 1:
+            grad = grad + pending[j]
+        grads = grads + (grad,)
+    return grads
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -125,7 +224,7 @@ def conv_forward_kernel(
     length,
     sequences,
     directions,
-    tiles,
+    stretch,
     time_programs,
     step_programs,
     CHANNELS: tl.constexpr,
@@ -133,7 +232,7 @@ def conv_forward_kernel(
     ALIGNED: tl.constexpr,
     W: tl.constexpr,
     COLUMNS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = (CHANNELS + BLOCK_E - 1) // BLOCK_E
@@ -152,35 +251,46 @@ def conv_forward_kernel(
         order = orders + k64 * length
     if initial is not None:
         initial = initial + k64 * i_k
-    t = tl.arange(0, BLOCK_T)
     if pid < step_programs:
-        b = pid // time_programs
-        x += _shift(b, x_b, k64, x_k, ALIGNED)
-        limit = length
+        row_batch = pid // time_programs
+        low = (pid % time_programs) * stretch
+        high = tl.minimum(low + stretch, length)
+        x += _shift(row_batch, x_b, k64, x_k, ALIGNED)
+        out += (row_batch.to(tl.int64) * directions + k64) * length * CHANNELS
+        valid = lengths
         if lengths is not None:
-            limit = tl.load(lengths + b)
-        out += (b.to(tl.int64) * directions + k64) * length * CHANNELS
-        shift = tl.zeros([BLOCK_E], tl.float32)
-        if bias is not None:
-            shift = tl.load(bias + k64 * bias_k + e, mask=e_mask, other=0.0).to(tl.float32)
-        for tile in range(pid % time_programs, tiles, time_programs):
-            step = tile * BLOCK_T + t
-            first, end, seq = _sequence(order, first_steps, borders, sequence_of_row, step, length, b, k64, sequences)
-            y = tl.zeros([BLOCK_T, BLOCK_E], tl.float32) + shift[None, :]
-            for j in tl.static_range(W):
-                w = tl.load(weight + k64 * w_k + e * W + (W - 1 - j), mask=e_mask, other=0.0).to(tl.float32)
-                y += w[None, :] * _inputs_at(
-                    x, initial, order, step - j, first, end, limit, seq, e, e_mask, x_l, x_e, i_s, i_e, i_w, W
-                )
-            if SILU:
-                y = y * _sigmoid(y)
-            inside = step < length
-            row = step
-            if orders is not None:
-                row = tl.load(order + step, mask=inside, other=0)
-            y = tl.where((row < limit)[:, None], y, 0.0)
-            at = out + row.to(tl.int64)[:, None] * CHANNELS + e[None, :]
-            tl.store(at, y.to(out.dtype.element_ty), mask=inside[:, None] & e_mask[None, :])
+            valid = tl.load(lengths + row_batch)
+        firsts = first_steps
+        if borders is not None:
+            firsts = first_steps + k64 * sequences
+        weights, shift = _parameters(weight + k64 * w_k, bias, k64 * bias_k, e, e_mask, W)
+        window = _window(
+            x, initial, order, low, length, valid, borders, row_batch, e, e_mask, x_l, x_e, i_s, i_e, i_w, W
+        )
+        rows = _rows(order, low, length, UNROLL)
+        values = _tokens(x, rows, None, valid, e, e_mask, x_l, x_e, UNROLL)
+        next_rows = _rows(order, low + UNROLL, length, UNROLL)
+        for base in range(low, high, UNROLL):
+            next_values = _tokens(x, next_rows, None, valid, e, e_mask, x_l, x_e, UNROLL)
+            rows_ahead = _rows(order, base + 2 * UNROLL, length, UNROLL)
+            for i in tl.static_range(UNROLL):
+                taps, _ = _taps(
+                    window, values[i].to(tl.float32), rows[i], base + i, initial, firsts, borders, sequence_of_row,
+                    e, e_mask, i_s, i_e, i_w, W,
+                )  # fmt: skip
+                y = shift
+                for j in tl.static_range(W):
+                    y = y + weights[j] * taps[j]
+                if SILU:
+                    y = y * _sigmoid(y)
+                if valid is not None:
+                    y = tl.where(rows[i] < valid, y, 0.0)
+                at = out + rows[i].to(tl.int64) * CHANNELS + e
+                tl.store(at, y.to(out.dtype.element_ty), mask=e_mask & (base + i < high))
+                window = _last(window + (values[i].to(tl.float32),), W - 1)
+            rows = next_rows
+            values = next_values
+            next_rows = rows_ahead
     else:
         s = pid - step_programs
         c = tl.arange(0, COLUMNS)
@@ -200,6 +310,22 @@ def conv_forward_kernel(
         value = _inputs_at(x, initial, order, step, first, end, limit, seq, e, e_mask, x_l, x_e, i_s, i_e, i_w, W)
         at = last + (s.to(tl.int64) * directions + k64) * CHANNELS * (W - 1) + (e[None, :] * (W - 1) + c[:, None])
         tl.store(at, value, mask=(c < W - 1)[:, None] & e_mask[None, :])
+
+
+@triton.jit
+def _last_gradient(
+    grad_last, step, inside, row, length, first_steps, borders, sequence_of_row, b, e, e_mask, gl_s, gl_e, gl_w,
+    W: tl.constexpr,
+):  # fmt: skip
+    """What the gradient of the last state adds to the input of a step: the last W - 1 of each sequence."""
+    seq = b
+    end = length
+    if borders is not None:
+        seq = tl.load(sequence_of_row + row)
+        end = tl.load(first_steps + seq) + tl.load(borders + seq + 1) - tl.load(borders + seq)
+    column = step - end + (W - 1)
+    at = grad_last + seq.to(tl.int64) * gl_s + column * gl_w + e.to(tl.int64) * gl_e
+    return tl.load(at, mask=e_mask & inside & (column >= 0), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -238,8 +364,7 @@ def conv_backward_kernel(
     borders,
     sequence_of_row,
     dx,
-    dweight,
-    dbias,
+    parts,
     dinitial,
     g_b,
     g_k,
@@ -262,7 +387,7 @@ def conv_backward_kernel(
     length,
     sequences,
     directions,
-    tiles,
+    stretch,
     time_programs,
     step_programs,
     CHANNELS: tl.constexpr,
@@ -270,7 +395,7 @@ def conv_backward_kernel(
     ALIGNED: tl.constexpr,
     W: tl.constexpr,
     COLUMNS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = (CHANNELS + BLOCK_E - 1) // BLOCK_E
@@ -292,63 +417,77 @@ def conv_backward_kernel(
     if grad_last is not None:
         grad_last = grad_last + k64 * gl_k
     weight += k64 * w_k
-    shift = tl.zeros([BLOCK_E], tl.float32)
-    if bias is not None:
-        shift = tl.load(bias + k64 * bias_k + e, mask=e_mask, other=0.0).to(tl.float32)
-    t = tl.arange(0, BLOCK_T)
+    weights, shift = _parameters(weight, bias, k64 * bias_k, e, e_mask, W)
     if pid < step_programs:
-        b = pid // time_programs
-        x += _shift(b, x_b, k64, x_k, ALIGNED)
-        grad += _shift(b, g_b, k64, g_k, ALIGNED)
-        dx += (b.to(tl.int64) * directions + k64) * length * CHANNELS
-        limit = length
+        row_batch = pid // time_programs
+        low = (pid % time_programs) * stretch
+        high = tl.minimum(low + stretch, length)
+        x += _shift(row_batch, x_b, k64, x_k, ALIGNED)
+        grad += _shift(row_batch, g_b, k64, g_k, ALIGNED)
+        dx += (row_batch.to(tl.int64) * directions + k64) * length * CHANNELS
+        valid = lengths
         if lengths is not None:
-            limit = tl.load(lengths + b)
-        weight_sums = ()
-        for _ in tl.static_range(W):
-            weight_sums = weight_sums + (tl.zeros([BLOCK_T, BLOCK_E], tl.float32),)
-        bias_sum = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-        for tile in range(pid % time_programs, tiles, time_programs):
-            step = tile * BLOCK_T + t
-            first, end, seq = _sequence(order, first_steps, borders, sequence_of_row, step, length, b, k64, sequences)
-            inputs = ()  # of the steps from W - 1 before to W - 1 after
-            for i in tl.static_range(2 * W - 1):
-                value = _inputs_at(
-                    x, initial, order, step + (i - W + 1), first, end, limit, seq, e, e_mask, x_l, x_e, i_s, i_e, i_w, W
-                )
-                inputs = inputs + (value,)
-            d = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-            for j in tl.static_range(W):
-                window = ()
-                for i in tl.static_range(W):
-                    window = window + (inputs[i + j],)
-                g = _gradient_at(grad, window, weight, shift, order, step + j, end, limit, e, e_mask, g_l, g_e, SILU, W)
-                w = tl.load(weight + e * W + (W - 1 - j), mask=e_mask, other=0.0).to(tl.float32)
-                d += w[None, :] * g
-                if j == 0:
-                    g = tl.where((step < end)[:, None], g, 0.0)
-                    bias_sum += g
-                    sums = ()
-                    for i in tl.static_range(W):
-                        sums = sums + (weight_sums[i] + g * inputs[i],)
-                    weight_sums = sums
-            if grad_last is not None:
-                column = step - end + (W - 1)
-                at = grad_last + (seq.to(tl.int64) * gl_s + column * gl_w)[:, None] + e[None, :].to(tl.int64) * gl_e
-                reached = (column >= 0) & (step < end)
-                d += tl.load(at, mask=reached[:, None] & e_mask[None, :], other=0.0).to(tl.float32)
-            inside = step < length
-            row = step
-            if orders is not None:
-                row = tl.load(order + step, mask=inside, other=0)
-            d = tl.where((row < limit)[:, None], d, 0.0)
-            at = dx + row.to(tl.int64)[:, None] * CHANNELS + e[None, :]
-            tl.store(at, d.to(dx.dtype.element_ty), mask=inside[:, None] & e_mask[None, :])
-        slot = (pid.to(tl.int64) * directions + k64) * CHANNELS
-        for i in tl.static_range(W):
-            tl.store(dweight + (slot + e) * W + i, tl.sum(weight_sums[i], 0), mask=e_mask)
-        if bias is not None:
-            tl.store(dbias + slot + e, tl.sum(bias_sum, 0), mask=e_mask)
+            valid = tl.load(lengths + row_batch)
+        firsts = first_steps
+        if borders is not None:
+            firsts = first_steps + k64 * sequences
+        pending = ()
+        sums = ()
+        for _ in tl.static_range(W - 1):
+            pending = pending + (tl.zeros([BLOCK_E], tl.float32),)
+        for _ in tl.static_range(W + 1):
+            sums = sums + (tl.zeros([BLOCK_E], tl.float32),)
+        window = _window(
+            x, initial, order, low, length, valid, borders, row_batch, e, e_mask, x_l, x_e, i_s, i_e, i_w, W
+        )
+        past = _rows(order, low - (W - 1), length, W - 1)
+        rows = _rows(order, low, length, UNROLL)
+        values = _tokens(x, rows, None, valid, e, e_mask, x_l, x_e, UNROLL)
+        grads = _tokens(grad, rows, length - low, valid, e, e_mask, g_l, g_e, UNROLL)
+        next_rows = _rows(order, low + UNROLL, length, UNROLL)
+        # Another trip finishes the inputs of the last W - 1 steps; it adds to no sum, and its own belong to others.
+        for base in range(low, high + (W - 1), UNROLL):
+            next_values = _tokens(x, next_rows, None, valid, e, e_mask, x_l, x_e, UNROLL)
+            left = length - base - UNROLL
+            next_grads = _tokens(grad, next_rows, left, valid, e, e_mask, g_l, g_e, UNROLL)
+            rows_ahead = _rows(order, base + 2 * UNROLL, length, UNROLL)
+            for i in tl.static_range(UNROLL):
+                taps, first = _taps(
+                    window, values[i].to(tl.float32), rows[i], base + i, initial, firsts, borders, sequence_of_row,
+                    e, e_mask, i_s, i_e, i_w, W,
+                )  # fmt: skip
+                g = grads[i].to(tl.float32)
+                if SILU:
+                    g = _activation_gradient(g, taps, weights, shift, W)
+                added = _adjoint_step(g, taps, pending, weights, base + i, first, borders, W)
+                g = tl.where(base + i < high, g, 0.0)
+                next_sums = ()
+                for j in tl.static_range(W):
+                    next_sums = next_sums + (sums[j] + g * taps[j],)
+                sums = next_sums + (sums[W] + g,)
+                visited = past + (rows[i],)
+                step = base + i - (W - 1)
+                d = added[0]
+                inside = (step >= low) & (step < high)
+                if grad_last is not None:
+                    d += _last_gradient(
+                        grad_last, step, inside, visited[0], length, firsts, borders, sequence_of_row, row_batch,
+                        e, e_mask, gl_s, gl_e, gl_w, W,
+                    )  # fmt: skip
+                if valid is not None:
+                    d = tl.where(visited[0] < valid, d, 0.0)
+                at = dx + visited[0].to(tl.int64) * CHANNELS + e
+                tl.store(at, d.to(dx.dtype.element_ty), mask=e_mask & inside)
+                pending = _last(added, W - 1)
+                past = _last(visited, W - 1)
+                window = _last(window + (values[i].to(tl.float32),), W - 1)
+            rows = next_rows
+            values = next_values
+            grads = next_grads
+            next_rows = rows_ahead
+        at = parts + (pid.to(tl.int64) * directions + k64) * ((W + 1) * CHANNELS) + e
+        for j in tl.static_range(W + 1):
+            tl.store(at + j * CHANNELS, sums[j], mask=e_mask)
     elif dinitial is not None:
         s = pid - step_programs
         c = tl.arange(0, COLUMNS)
@@ -420,7 +559,7 @@ def conv_forward(
     last = x.new_empty(sequences, K, channels, taps - 1, dtype=torch.float32)
     with device_of(x):
         given = (weight, bias, silu, orders, initial_state, lengths, cu_seqlens, K)
-        common, grid, _ = _arguments((x,), *given, block_t=16 if taps <= 4 else 8, states=taps > 1)
+        common, grid, _ = _arguments((x,), *given, states=taps > 1)
         if grid[0]:
             launch(conv_forward_kernel, grid, **common, out=out, last=last)
     return out, last
@@ -455,9 +594,8 @@ def conv_backward(
     states = dinitial is not None and taps > 1
     with device_of(x):
         given = (weight, bias, silu, orders, initial_state, lengths, cu_seqlens, K)
-        common, grid, slots = _arguments((x, grad_out), *given, block_t=8 if taps <= 4 else 4, states=states)
-        dweight = x.new_empty(slots, K, channels, taps, dtype=torch.float32)
-        dbias = None if bias is None else x.new_empty(slots, K, channels, dtype=torch.float32)
+        common, grid, slots = _arguments((x, grad_out), *given, states=states)
+        parts = x.new_empty(slots, K, taps + 1, channels, dtype=torch.float32)
         if grid[0]:
             launch(
                 conv_backward_kernel,
@@ -466,21 +604,21 @@ def conv_backward(
                 grad=grad_out,
                 grad_last=grad_last_state if taps > 1 else None,
                 dx=dx,
-                dweight=dweight,
-                dbias=dbias,
+                parts=parts,
                 dinitial=dinitial,
                 **named("g", "bkle", strides(grad_out)),
                 **named("gl", "skew", strides(grad_last_state, 4)),
             )
         if shared:
             dx = dx.sum(1, keepdim=True).to(x.dtype)
-        dweight = _sum(dweight, weight)
-        dbias = None if bias is None else _sum(dbias, bias)
+        total = parts.sum(0)  # (K, W + 1, E)
+        dweight = _shared(total[:, :taps].transpose(1, 2), weight)
+        dbias = None if bias is None else _shared(total[:, taps], bias)
     return dx, dweight, dbias, None if dinitial is None else dinitial.to(initial_state.dtype)
 
 
 def _arguments(
-    per_token, weight, bias, silu, orders, initial_state, lengths, cu_seqlens, K, block_t, states
+    per_token, weight, bias, silu, orders, initial_state, lengths, cu_seqlens, K, states
 ) -> tuple[dict, tuple[int], int]:
     """What both kernels take, the grid, and the number of programs along time (slots of the sums)."""
     x = per_token[0]
@@ -491,9 +629,10 @@ def _arguments(
     taps = weight.shape[-1]
     block_e = min(_BLOCK_E, triton.next_power_of_2(channels))
     blocks = triton.cdiv(channels, block_e)
-    tiles = triton.cdiv(length, block_t)
     wanted = triton.cdiv(_WANTED * processors(x.device), max(1, blocks * K * batch))
-    time_programs = triton.cdiv(tiles, triton.cdiv(tiles, min(tiles, wanted)))
+    unroll = _UNROLL
+    stretch = triton.cdiv(max(triton.cdiv(length, wanted), _SHORTEST), unroll) * unroll
+    time_programs = triton.cdiv(length, stretch)
     step_programs = batch * time_programs
     sequence_of_row = None
     if cu_seqlens is not None:
@@ -516,14 +655,14 @@ def _arguments(
         "sequences": sequences,
         "directions": K,
         "CHANNELS": channels,
-        "tiles": tiles,
+        "stretch": stretch,
         "time_programs": time_programs,
         "step_programs": step_programs,
         "SILU": silu,
         "ALIGNED": all(x_.stride(d) % 8 == 0 for x_ in per_token for d in (0, 1)),
         "W": taps,
         "COLUMNS": triton.next_power_of_2(max(taps - 1, 1)),
-        "BLOCK_T": block_t,
+        "UNROLL": unroll,
         "BLOCK_E": block_e,
         **_OPTIONS,
     }
@@ -531,7 +670,6 @@ def _arguments(
     return arguments, (blocks * K * programs,), step_programs
 
 
-def _sum(parts: Tensor, like: Tensor) -> Tensor:
-    """Add the slots (dimension 0), and the directions where they share ``like``."""
-    total = parts.sum(0)
+def _shared(total: Tensor, like: Tensor) -> Tensor:
+    """Add the directions where they share ``like``."""
     return (total.sum(0, keepdim=True) if like.shape[0] < total.shape[0] else total).to(like.dtype)
