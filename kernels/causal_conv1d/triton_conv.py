@@ -1,6 +1,6 @@
 """The causal depthwise convolution along orders in Triton. Arguments are the canonical ones of the op.
 
-A program is one warp. It walks along a stretch of an order with BLOCK_E channels and keeps the last W - 1 tokens (in the
+A program is one warp. It walks along a stretch of an order with BLOCK_E channels, keeping the last W - 1 tokens (in the
 backward also the unfinished gradients of their inputs), so that a row is read once and written once. What a trip of
 UNROLL steps reads is loaded a trip before, the rows that an order visits two. The last programs of the grid each take
 the states of one sequence. Sums of dweight and dbias go to a slot per program and are added afterwards, so two runs
@@ -55,7 +55,9 @@ _RUNTIME = [
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
+    """1 / (1 + exp(-x)). A root of the square costs two instructions, a division five: it looks at the range."""
+    y = 1.0 + tl.exp2(x * -1.4426950408889634)
+    return tl.rsqrt(y * y)
 
 
 @triton.jit
@@ -98,7 +100,7 @@ def _rows(order, step, length, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _tokens(base, rows, steps_left, limit, e, e_mask, stride_l, stride_e, COUNT: tl.constexpr):
+def _tokens(base, rows, steps_left, limit, e_mask, stride, COUNT: tl.constexpr):
     """Vectors (E,) of COUNT rows as they lie in memory; zero behind ``steps_left`` steps and from row ``limit`` on."""
     values = ()
     for i in tl.static_range(COUNT):
@@ -107,16 +109,15 @@ def _tokens(base, rows, steps_left, limit, e, e_mask, stride_l, stride_e, COUNT:
             mask = mask & (i < steps_left)
         if limit is not None:  # padding may hold anything
             mask = mask & (rows[i] < limit)
-        at = base + rows[i].to(tl.int64) * stride_l + e.to(tl.int64) * stride_e
-        values = values + (tl.load(at, mask=mask, other=0.0),)
+        values = values + (tl.load(base + rows[i].to(tl.int64) * stride, mask=mask, other=0.0),)
     return values
 
 
 @triton.jit
-def _window(x, initial, order, step, length, limit, borders, b, e, e_mask, x_l, x_e, i_s, i_e, i_w, W: tl.constexpr):
+def _window(x, initial, order, step, length, limit, borders, b, e, e_mask, x_l, i_s, i_e, i_w, W: tl.constexpr):
     """The W - 1 inputs before ``step``: rows of x, and columns of the initial state before step 0."""
     rows = _rows(order, step - (W - 1), length, W - 1)
-    values = _tokens(x, rows, None, limit, e, e_mask & (step > 0), x_l, x_e, W - 1)
+    values = _tokens(x, rows, None, limit, e_mask & (step > 0), x_l, W - 1)
     window = ()
     for j in tl.static_range(W - 1):
         before = step - (W - 1) + j
@@ -255,8 +256,8 @@ def conv_forward_kernel(
         row_batch = pid // time_programs
         low = (pid % time_programs) * stretch
         high = tl.minimum(low + stretch, length)
-        x += _shift(row_batch, x_b, k64, x_k, ALIGNED)
-        out += (row_batch.to(tl.int64) * directions + k64) * length * CHANNELS
+        x_at = x + _shift(row_batch, x_b, k64, x_k, ALIGNED) + e.to(tl.int64) * x_e
+        out_at = out + (row_batch.to(tl.int64) * directions + k64) * length * CHANNELS + e
         valid = lengths
         if lengths is not None:
             valid = tl.load(lengths + row_batch)
@@ -264,18 +265,16 @@ def conv_forward_kernel(
         if borders is not None:
             firsts = first_steps + k64 * sequences
         weights, shift = _parameters(weight + k64 * w_k, bias, k64 * bias_k, e, e_mask, W)
-        window = _window(
-            x, initial, order, low, length, valid, borders, row_batch, e, e_mask, x_l, x_e, i_s, i_e, i_w, W
-        )
+        recent = _window(x_at, initial, order, low, length, valid, borders, row_batch, e, e_mask, x_l, i_s, i_e, i_w, W)
         rows = _rows(order, low, length, UNROLL)
-        values = _tokens(x, rows, None, valid, e, e_mask, x_l, x_e, UNROLL)
+        values = _tokens(x_at, rows, None, valid, e_mask, x_l, UNROLL)
         next_rows = _rows(order, low + UNROLL, length, UNROLL)
         for base in range(low, high, UNROLL):
-            next_values = _tokens(x, next_rows, None, valid, e, e_mask, x_l, x_e, UNROLL)
+            next_values = _tokens(x_at, next_rows, None, valid, e_mask, x_l, UNROLL)
             rows_ahead = _rows(order, base + 2 * UNROLL, length, UNROLL)
             for i in tl.static_range(UNROLL):
                 taps, _ = _taps(
-                    window, values[i].to(tl.float32), rows[i], base + i, initial, firsts, borders, sequence_of_row,
+                    recent, values[i].to(tl.float32), rows[i], base + i, initial, firsts, borders, sequence_of_row,
                     e, e_mask, i_s, i_e, i_w, W,
                 )  # fmt: skip
                 y = shift
@@ -285,9 +284,9 @@ def conv_forward_kernel(
                     y = y * _sigmoid(y)
                 if valid is not None:
                     y = tl.where(rows[i] < valid, y, 0.0)
-                at = out + rows[i].to(tl.int64) * CHANNELS + e
+                at = out_at + rows[i].to(tl.int64) * CHANNELS
                 tl.store(at, y.to(out.dtype.element_ty), mask=e_mask & (base + i < high))
-                window = _last(window + (values[i].to(tl.float32),), W - 1)
+                recent = _last(recent + (values[i].to(tl.float32),), W - 1)
             rows = next_rows
             values = next_values
             next_rows = rows_ahead
@@ -422,9 +421,9 @@ def conv_backward_kernel(
         row_batch = pid // time_programs
         low = (pid % time_programs) * stretch
         high = tl.minimum(low + stretch, length)
-        x += _shift(row_batch, x_b, k64, x_k, ALIGNED)
-        grad += _shift(row_batch, g_b, k64, g_k, ALIGNED)
-        dx += (row_batch.to(tl.int64) * directions + k64) * length * CHANNELS
+        x_at = x + _shift(row_batch, x_b, k64, x_k, ALIGNED) + e.to(tl.int64) * x_e
+        grad_at = grad + _shift(row_batch, g_b, k64, g_k, ALIGNED) + e.to(tl.int64) * g_e
+        dx_at = dx + (row_batch.to(tl.int64) * directions + k64) * length * CHANNELS + e
         valid = lengths
         if lengths is not None:
             valid = tl.load(lengths + row_batch)
@@ -437,23 +436,21 @@ def conv_backward_kernel(
             pending = pending + (tl.zeros([BLOCK_E], tl.float32),)
         for _ in tl.static_range(W + 1):
             sums = sums + (tl.zeros([BLOCK_E], tl.float32),)
-        window = _window(
-            x, initial, order, low, length, valid, borders, row_batch, e, e_mask, x_l, x_e, i_s, i_e, i_w, W
-        )
+        recent = _window(x_at, initial, order, low, length, valid, borders, row_batch, e, e_mask, x_l, i_s, i_e, i_w, W)
         past = _rows(order, low - (W - 1), length, W - 1)
         rows = _rows(order, low, length, UNROLL)
-        values = _tokens(x, rows, None, valid, e, e_mask, x_l, x_e, UNROLL)
-        grads = _tokens(grad, rows, length - low, valid, e, e_mask, g_l, g_e, UNROLL)
+        values = _tokens(x_at, rows, None, valid, e_mask, x_l, UNROLL)
+        grads = _tokens(grad_at, rows, length - low, valid, e_mask, g_l, UNROLL)
         next_rows = _rows(order, low + UNROLL, length, UNROLL)
         # Another trip finishes the inputs of the last W - 1 steps; it adds to no sum, and its own belong to others.
         for base in range(low, high + (W - 1), UNROLL):
-            next_values = _tokens(x, next_rows, None, valid, e, e_mask, x_l, x_e, UNROLL)
+            next_values = _tokens(x_at, next_rows, None, valid, e_mask, x_l, UNROLL)
             left = length - base - UNROLL
-            next_grads = _tokens(grad, next_rows, left, valid, e, e_mask, g_l, g_e, UNROLL)
+            next_grads = _tokens(grad_at, next_rows, left, valid, e_mask, g_l, UNROLL)
             rows_ahead = _rows(order, base + 2 * UNROLL, length, UNROLL)
             for i in tl.static_range(UNROLL):
                 taps, first = _taps(
-                    window, values[i].to(tl.float32), rows[i], base + i, initial, firsts, borders, sequence_of_row,
+                    recent, values[i].to(tl.float32), rows[i], base + i, initial, firsts, borders, sequence_of_row,
                     e, e_mask, i_s, i_e, i_w, W,
                 )  # fmt: skip
                 g = grads[i].to(tl.float32)
@@ -476,18 +473,18 @@ def conv_backward_kernel(
                     )  # fmt: skip
                 if valid is not None:
                     d = tl.where(visited[0] < valid, d, 0.0)
-                at = dx + visited[0].to(tl.int64) * CHANNELS + e
+                at = dx_at + visited[0].to(tl.int64) * CHANNELS
                 tl.store(at, d.to(dx.dtype.element_ty), mask=e_mask & inside)
                 pending = _last(added, W - 1)
                 past = _last(visited, W - 1)
-                window = _last(window + (values[i].to(tl.float32),), W - 1)
+                recent = _last(recent + (values[i].to(tl.float32),), W - 1)
             rows = next_rows
             values = next_values
             grads = next_grads
             next_rows = rows_ahead
-        at = parts + (pid.to(tl.int64) * directions + k64) * ((W + 1) * CHANNELS) + e
+        slot = parts + (pid.to(tl.int64) * directions + k64) * ((W + 1) * CHANNELS) + e
         for j in tl.static_range(W + 1):
-            tl.store(at + j * CHANNELS, sums[j], mask=e_mask)
+            tl.store(slot + j * CHANNELS, sums[j], mask=e_mask)
     elif dinitial is not None:
         s = pid - step_programs
         c = tl.arange(0, COLUMNS)

@@ -153,7 +153,9 @@ def ssd_launches(
     return caught
 
 
-def conv_launches(taps: int, channels: int = 128, packed: bool = False, initial: bool = False) -> Caught:
+def conv_launches(
+    taps: int, channels: int = 128, packed: bool = False, initial: bool = False, lengths: bool = False
+) -> Caught:
     """Launches of a forward and a backward pass."""
     from genssm.kernels.causal_conv1d import triton_conv
 
@@ -161,7 +163,8 @@ def conv_launches(taps: int, channels: int = 128, packed: bool = False, initial:
     orders = torch.arange(40, dtype=torch.int32).expand(2, 40).contiguous()
     cu_seqlens = torch.tensor([0, 10, 40], dtype=torch.int32) if packed else None
     start = torch.zeros(2 if packed else 1, 2, channels, taps - 1) if initial else None
-    given = (x, torch.zeros(1, channels, taps), torch.zeros(1, channels), True, orders, start, None, cu_seqlens, 2)
+    valid = torch.full((1,), 40, dtype=torch.int32) if lengths else None
+    given = (x, torch.zeros(1, channels, taps), torch.zeros(1, channels), True, orders, start, valid, cu_seqlens, 2)
     with pytest.MonkeyPatch.context() as patch:
         caught = Caught().of(patch, triton_conv.conv_forward_kernel, triton_conv.conv_backward_kernel)
         out, last = triton_conv.conv_forward(*given)
@@ -210,9 +213,9 @@ def test_prefetching_compiles(name: str, arch: int, monkeypatch: pytest.MonkeyPa
         )
 
 
-@pytest.mark.parametrize(("packed", "taps"), [(False, 1), (True, 5)])
+@pytest.mark.parametrize(("packed", "taps"), [(False, 1), (True, 5), (False, 3)])
 def test_convolution_options_compile(packed: bool, taps: int) -> None:
-    for kernel, arguments in conv_launches(taps, channels=100, packed=packed, initial=True):
+    for kernel, arguments in conv_launches(taps, channels=100, packed=packed, initial=True, lengths=not packed):
         compile_for(kernel, arguments, ("cuda", 90, 32))
 
 

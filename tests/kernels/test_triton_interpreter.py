@@ -88,6 +88,11 @@ CASES: dict[str, dict[str, Case]] = {
         "shared": Case(batch=1, length=17, channels=130, directions=2, order="both"),
         "lengths": Case(batch=3, length=12, lengths=(7, 12, 0), directions=2, order="random", initial=True),
         "packed": Case(batch=1, length=21, cu_seqlens=(0, 1, 1, 3, 21), directions=2, order="both", initial=True),
+        "stretches": Case(batch=1, length=77, channels=3, directions=2, order="random", initial=True),
+        "lengths over stretches": Case(length=70, lengths=(66, 33), channels=3, directions=2, order="random"),
+        "packed over stretches": Case(
+            batch=1, length=75, cu_seqlens=(0, 31, 33, 64, 75), channels=3, directions=2, order="both", initial=True
+        ),
     },
 }
 
