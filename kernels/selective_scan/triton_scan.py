@@ -37,6 +37,7 @@ _BACKWARD_RESIDENT = 12  # programs of the backward on a multiprocessor
 _BACKWARD_REGISTERS = 168  # twelve programs on a multiprocessor are worth some spilled registers
 _FORWARD_ENOUGH, _BACKWARD_ENOUGH = 4, 6  # programs per multiprocessor from which on time is not split
 _WANTED = 16  # programs per multiprocessor to aim at when it is
+_CHAIN_BLOCK = 128  # states of a program that chains segments
 _SEGMENT_CHUNKS = 4  # shortest segment worth its second pass
 _PARTIAL_BYTES = 4  # bytes of partial dB and dC per token and channel to stay under where the device stays full
 
@@ -185,6 +186,7 @@ def scan_forward(
             "directions": directions,
             "direction_programs": plan.direction_programs,
             "segments": plan.segments,
+            "segment_programs": plan.segments,
             "segment_chunks": plan.segment_chunks,
             "chunks": chunks,
             "zero": 0,
@@ -204,11 +206,12 @@ def scan_forward(
             **_OPTIONS,
             **register_limit(u.device, _FORWARD_REGISTERS),
         }
-        grid = (groups * group_blocks * plan.direction_programs * plan.segments * sequences,)
+        works = groups * group_blocks * plan.direction_programs * sequences
         if plan.segments > 1:
-            launch(scan_forward_kernel, grid, **arguments, OUTPUT=False)
-            _chain(carry, decay, a, initial_state, tile, reverse=False)
-        launch(scan_forward_kernel, grid, **arguments, OUTPUT=True)
+            local = {**arguments, "segment_programs": plan.segments - 1, "OUTPUT": False}
+            launch(scan_forward_kernel, (works * (plan.segments - 1),), **local)
+            _chain(carry, decay, a, initial_state, reverse=False)
+        launch(scan_forward_kernel, (works * plan.segments,), **arguments, OUTPUT=True)
         if target.ndim > out.ndim:
             out = target.sum(1).to(out.dtype)
     return out, last, saved
@@ -325,7 +328,7 @@ def scan_backward(
                 decay = new(sequences, directions, plan.segments, channels)
                 grid = (groups * group_blocks * plan.segments * sequences * directions,)
                 launch(scan_adjoint_kernel, grid, carry=carry, decay=decay, **inputs, **_OPTIONS)
-                _chain(carry, decay, a, grad_last_state, tile, reverse=True)
+                _chain(carry, decay, a, grad_last_state, reverse=True)
             launch(
                 scan_backward_kernel,
                 (programs,),
@@ -447,11 +450,11 @@ def _block_programs(group_blocks: int, groups: int, channels: int, states: int) 
     return -(-group_blocks // (-(-group_blocks // programs)))
 
 
-def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, tile: Tile, reverse: bool) -> None:
+def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, reverse: bool) -> None:
     sequences, directions, segments, states, channels = carry.shape
     launch(
         chain_kernel,
-        (tile.blocks(channels), sequences * directions),
+        (-(-states * channels // _CHAIN_BLOCK), sequences * directions),
         carry=carry,
         decay=decay,
         a=a,
@@ -460,12 +463,11 @@ def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, tile: T
         **named("i", "sken", strides(seed, 4)),
         directions=directions,
         segments=segments,
-        zero=0,
         REVERSE=reverse,
         CHANNELS=channels,
         STATES=states,
-        UNROLL=4,
-        **vars(tile),
+        UNROLL=8,
+        BLOCK=_CHAIN_BLOCK,
         **_OPTIONS,
     )
 
