@@ -32,6 +32,7 @@ _NAME = "selective_scan"
 _OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 _LANES = 32
 _WINDOW = 4  # steps that are prefetched at a time
+_FORWARD_RESIDENT = 12  # programs of the forward on a multiprocessor
 _FORWARD_REGISTERS = 160  # of a lane; without a limit the compiler stops at 128 and waits more
 _BACKWARD_RESIDENT = 12  # programs of the backward on a multiprocessor
 _BACKWARD_REGISTERS = 168  # twelve programs on a multiprocessor are worth some spilled registers
@@ -39,6 +40,7 @@ _FORWARD_ENOUGH, _BACKWARD_ENOUGH = 4, 6  # programs per multiprocessor from whi
 _WANTED = 16  # programs per multiprocessor to aim at when it is
 _CHAIN_BLOCK = 128  # states of a program that chains segments
 _SEGMENT_CHUNKS = 4  # shortest segment worth its second pass
+_SHORTEST_CHUNKS = 2  # of a segment of the forward
 _PARTIAL_BYTES = 4  # bytes of partial dB and dC per token and channel to stay under where the device stays full
 
 
@@ -132,7 +134,7 @@ def scan_forward(
     last = u.new_empty(sequences, directions, channels, states, dtype=torch.float32)
     summed = reduce_sum and directions > 1
     programs = sequences * groups * group_blocks
-    plan = _split(programs, directions, summed, chunks, cu_seqlens, segments, _FORWARD_ENOUGH, u.device)
+    plan = _forward_split(programs, directions, summed, chunks, cu_seqlens, segments, u.device)
     in_turn = summed and plan.direction_programs == 1
     out = u.new_empty((batch, length, channels) if reduce_sum else (batch, directions, length, channels))
     target = out
@@ -437,6 +439,32 @@ def _split(
         if cu_seqlens is None and 0 < programs * directions < enough:
             wanted = -(-_WANTED * processors(device) // (programs * directions))
             segments = max(1, min(wanted, chunks // _SEGMENT_CHUNKS))
+    if cu_seqlens is not None:
+        segments = 1  # packed sequences are the pieces already
+    segment_chunks = -(-chunks // segments)
+    return _Split(directions, -(-chunks // segment_chunks), segment_chunks)
+
+
+def _forward_split(
+    programs: int,
+    directions: int,
+    summed: bool,
+    chunks: int,
+    cu_seqlens: Tensor | None,
+    segments: int | None,
+    device: torch.device,
+) -> _Split:
+    """As `_split`; as many segments as make programs that all run at once, because a few more would run alone."""
+    if segments is None:
+        if summed and programs >= _FORWARD_ENOUGH * processors(device):
+            return _Split(1, 1, chunks)
+        segments = 1
+        programs *= directions
+        if 0 < programs < _FORWARD_ENOUGH * processors(device):
+            fitting = _FORWARD_RESIDENT * processors(device) // programs
+            segments = max(1, min(fitting, chunks // _SHORTEST_CHUNKS))
+    elif summed and segments == 1:
+        return _Split(1, 1, chunks)
     if cu_seqlens is not None:
         segments = 1  # packed sequences are the pieces already
     segment_chunks = -(-chunks // segments)

@@ -51,8 +51,9 @@ def test_blocks_in_turn() -> None:
 def test_segments(segments: int, order: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from genssm.kernels.selective_scan import triton_scan
 
-    split = triton_scan._split
-    monkeypatch.setattr(triton_scan, "_split", lambda *given: split(*given[:5], segments, *given[6:]))
+    for name in ("_forward_split", "_split"):
+        split = getattr(triton_scan, name)
+        monkeypatch.setattr(triton_scan, name, lambda *given, of=split: of(*given[:5], segments, *given[6:]))
     case = Case(length=300, channels=70, states=16, directions=2, order=order, own="u", initial=True)
     check_parity(selective_scan, scan_problem, case, "triton", "cuda")
 

@@ -133,6 +133,7 @@ def _force(name: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(triton_scan, "_FORWARD_ENOUGH", 10**6)
         patch.setattr(triton_scan, "_BACKWARD_ENOUGH", 10**6)
         patch.setattr(triton_scan, "_SEGMENT_CHUNKS", 1)
+        patch.setattr(triton_scan, "_SHORTEST_CHUNKS", 1)
     if name == "in turn":
         patch.setattr(triton_scan, "_FORWARD_ENOUGH", 0)
         patch.setattr(triton_scan, "_BACKWARD_ENOUGH", 0)
