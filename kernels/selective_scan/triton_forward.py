@@ -319,7 +319,7 @@ def scan_forward_kernel(
         else:
             place = sk * segments + segment
             store_tile(carry + place * (STATES * CHANNELS) + (origin + zero) + own, h, own_mask, EC, NI, NL, EL)
-            tl.store(decay + place * CHANNELS + origin + ev, total, mask=ev_mask)
+            tl.store(decay + place * CHANNELS + (origin + zero) + ev, total, mask=ev_mask)
 
 
 @triton.jit(do_not_specialize=["a_k", "i_s", "i_k", "directions", "segments"])
