@@ -353,8 +353,8 @@ def chain_kernel(
     e = own % CHANNELS
     x = tl.zeros([BLOCK], tl.float32)
     if seed is not None:
-        at = seed + (sk // directions) * i_s + k64 * i_k + e.to(tl.int64) * i_e + (own // CHANNELS) * i_n
-        x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        natural = seed + (sk // directions) * i_s + k64 * i_k + e.to(tl.int64) * i_e + (own // CHANNELS) * i_n
+        x = tl.load(natural, mask=mask, other=0.0).to(tl.float32)
     a2 = tl.load(a + k64 * a_k + own, mask=mask, other=0.0) * LOG2E
     carry = carry + sk * segments * (STATES * CHANNELS) + own
     decay = decay + sk * segments * CHANNELS + e
