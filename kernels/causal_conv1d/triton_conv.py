@@ -21,6 +21,7 @@ from genssm.kernels.triton_launch import (
     named,
     processors,
     refuse_double,
+    register_limit,
     sequence_of,
     strides,
 )
@@ -29,7 +30,8 @@ _NAME = "causal_conv1d"
 _BLOCK_E = 128
 _UNROLL = 4
 _OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
-_WANTED = 20  # programs per multiprocessor
+_REGISTERS = 128  # of a lane: sixteen programs on a multiprocessor instead of twelve
+_WANTED = 32  # programs per multiprocessor
 _SHORTEST = 32  # steps of a program: it reads W - 1 tokens more at either end
 
 # Lengths and batch sizes never enter a compiled kernel: not as a constant, not through their divisibility.
@@ -662,6 +664,7 @@ def _arguments(
         "UNROLL": unroll,
         "BLOCK_E": block_e,
         **_OPTIONS,
+        **register_limit(x.device, _REGISTERS),
     }
     programs = step_programs + (sequences if states else 0)
     return arguments, (blocks * K * programs,), step_programs

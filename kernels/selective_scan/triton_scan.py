@@ -37,6 +37,7 @@ _FORWARD_REGISTERS = 160  # of a lane; without a limit the compiler stops at 128
 _BACKWARD_RESIDENT = 12  # programs of the backward on a multiprocessor
 _BACKWARD_REGISTERS = 168  # twelve programs on a multiprocessor are worth some spilled registers
 _FORWARD_ENOUGH, _BACKWARD_ENOUGH = 4, 6  # programs per multiprocessor from which on time is not split
+_FORWARD_FULL = 8  # programs per multiprocessor from which on the forward needs no smaller ones
 _WANTED = 16  # programs per multiprocessor to aim at when it is
 _CHAIN_BLOCK = 128  # states of a program that chains segments
 _SEGMENT_CHUNKS = 4  # shortest segment worth its second pass
@@ -126,13 +127,15 @@ def scan_forward(
     states, groups = A.shape[-1], B.shape[3]
     directions = directions_of(orders, u, delta, A, B, C, D, z, delta_bias)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    summed = reduce_sum and directions > 1
+    if block_e is None and state_lanes is None:
+        block_e, state_lanes = _forward_sizes(sequences * groups, channels // groups, states, directions, summed, u.device)
     tile = forward_tile(channels // groups, states, block_e, state_lanes)
     unroll = unroll or 4
     group_blocks = tile.blocks(channels // groups)
     saved = u.new_empty(saved_shape(batch, directions, length, channels, states, sequences), dtype=torch.float32)
     chunks = saved.shape[2]
     last = u.new_empty(sequences, directions, channels, states, dtype=torch.float32)
-    summed = reduce_sum and directions > 1
     programs = sequences * groups * group_blocks
     plan = _forward_split(programs, directions, summed, chunks, cu_seqlens, segments, u.device)
     in_turn = summed and plan.direction_programs == 1
@@ -443,6 +446,23 @@ def _split(
         segments = 1  # packed sequences are the pieces already
     segment_chunks = -(-chunks // segments)
     return _Split(directions, -(-chunks // segment_chunks), segment_chunks)
+
+
+def _forward_sizes(
+    works: int, channels: int, states: int, directions: int, summed: bool, device: torch.device
+) -> tuple[int | None, int | None]:
+    """Channels of a program and lanes that share a channel's states, for ``works`` sequences x groups.
+
+    Half the channels with their states over two lanes make twice as many programs, each with more instructions: worth
+    it where there are few, and where twice as many are enough not to split time.
+    """
+    if not 8 < states <= 16 or channels % (2 * _LANES):
+        return None, None
+    enough, full = _FORWARD_ENOUGH * processors(device), _FORWARD_FULL * processors(device)
+    programs = works * channels // _LANES  # of half the channels
+    if not summed or programs < enough:
+        programs *= directions
+    return (_LANES, 2) if enough <= programs < 2 * full else (None, None)
 
 
 def _forward_split(

@@ -45,6 +45,8 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "segments": Case(batch=1, length=70, channels=4, states=3, directions=2, order="random", initial=True),
         "in turn": Case(batch=1, length=6, directions=3, order="random", initial=True),
+        "wide tile": Case(batch=1, length=5, channels=64, states=16, initial=True),
+        "narrow tile": Case(length=5, channels=64, states=16, directions=2, order="random", initial=True),
         "long trips": Case(batch=1, length=37, channels=4, states=2, order="random", lengths=(35,)),
         "blocks in turn": Case(batch=1, length=3, channels=70, states=2),
         "long offsets": Case(batch=1, length=5, directions=2, order="random", initial=True),
