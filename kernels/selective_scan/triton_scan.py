@@ -129,7 +129,9 @@ def scan_forward(
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     summed = reduce_sum and directions > 1
     if block_e is None and state_lanes is None:
-        block_e, state_lanes = _forward_sizes(sequences * groups, channels // groups, states, directions, summed, u.device)
+        block_e, state_lanes = _forward_sizes(
+            sequences * groups, channels // groups, states, directions, summed, u.device
+        )
     tile = forward_tile(channels // groups, states, block_e, state_lanes)
     unroll = unroll or 4
     group_blocks = tile.blocks(channels // groups)
