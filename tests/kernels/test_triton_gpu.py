@@ -8,6 +8,7 @@ import torch
 from genssm.kernels.causal_conv1d import causal_conv1d
 from genssm.kernels.selective_scan import selective_scan
 from genssm.kernels.ssd import ssd
+from genssm.kernels.triton_launch import processors
 from tests.kernels.problems import Case, check_parity, conv_problem, rms_error, run, scan_problem, ssd_problem
 
 pytestmark = pytest.mark.gpu
@@ -39,6 +40,14 @@ def test_directions_in_turn(own: str) -> None:
     """Enough programs for one to take all directions."""
     case = Case(batch=130, length=9, channels=800, directions=3, order="random", own=own)
     check_parity(selective_scan, scan_problem, case, "triton", "cuda")
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_smaller_programs(directions: int) -> None:
+    """Too few programs of 64 channels, enough of 32."""
+    batch = -(-6 * processors(torch.device("cuda")) // (1536 // 32))
+    case = Case(batch=batch, length=40, channels=1536, states=16, directions=directions, order="random", initial=True)
+    check_parity(selective_scan, scan_problem, case, "triton", "cuda", HALF)
 
 
 def test_blocks_in_turn() -> None:

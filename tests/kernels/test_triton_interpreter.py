@@ -83,7 +83,7 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "convolution": {
         "bare, one token": Case(batch=1, length=1, channels=3, without="bias", activation=None),
-        "all": Case(length=11, channels=5, initial=True),
+        "all": Case(length=11, channels=5, directions=2, order="random", initial=True),
         "one tap": Case(length=5, channels=3, taps=1),
         "eight taps": Case(length=5, channels=3, taps=8, initial=True, order="random"),
         "all their own": Case(directions=2, order="random", own="x weight bias", initial=True),
