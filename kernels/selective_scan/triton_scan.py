@@ -1,9 +1,10 @@
 """The selective scan in Triton: tile sizes, buffers and launches. The kernels are in ``triton_forward`` and
 ``triton_backward``; the arguments are the canonical ones of `genssm.kernels.selective_scan.op`.
 
-Sizes depend on E, G, N and the device only. Where batch x channels (x directions) cannot fill the device, time is
-split into segments; where they can and directions share a result, one program takes the directions in turn and adds
-them without a buffer per direction. Nothing is added atomically, so two runs give the same bits.
+Sizes depend on E, G, N and the device; the forward has two, by the number of programs. Where batch x channels (x
+directions) cannot fill the device, time is split into segments; where they can and directions share a result, one
+program takes the directions in turn and adds them without a buffer per direction. Nothing is added atomically, so two
+runs give the same bits; a batch row alone may differ in the last bits from the same row in a batch.
 """
 
 import dataclasses
