@@ -27,6 +27,8 @@ from genssm.kernels.selective_scan.triton_tiles import (
     over_channels,
     over_states,
     prefetch,
+    prefetch_tile,
+    private_offsets,
     row_at,
     sigmoid,
     softplus,
@@ -38,6 +40,7 @@ from genssm.kernels.selective_scan.triton_tiles import (
     tile_mask,
     tile_offsets,
     tile_states,
+    trip_rows,
     vector_channels,
     vector_states,
 )
@@ -100,13 +103,6 @@ def _emit(value, final_at, partial_at, mask, k64, directions, ACCUMULATE: tl.con
         tl.store(partial_at, value, mask=only(mask, k64 < directions - 1))
         mask = only(mask, k64 == directions - 1)
     tl.store(final_at, value.to(final_at.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _add_to(pointers, value, mask, again):
-    """Add to what this program stored here for an earlier block of channels (``again``), or store."""
-    earlier = tl.load(pointers, mask=only(mask, again), other=0.0)
-    tl.store(pointers, value + earlier, mask=mask)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -266,8 +262,7 @@ def scan_backward_kernel(
     ddelta_sum,
     dz_sum,
     da,
-    db,
-    dc,
+    dbc,
     dskip,
     dbias,
     dinitial,
@@ -338,6 +333,11 @@ def scan_backward_kernel(
     STATES: tl.constexpr,
     CHUNK: tl.constexpr,
     PREFETCH: tl.constexpr,
+    AGAIN: tl.constexpr,
+    AHEAD: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HINT: tl.constexpr,
+    SPAN: tl.constexpr,
     UNROLL: tl.constexpr,
     EC: tl.constexpr,
     NI: tl.constexpr,
@@ -353,7 +353,7 @@ def scan_backward_kernel(
     BLOCK: tl.constexpr = EC * EL
     GROUPS: tl.constexpr = CHANNELS // GROUP_CHANNELS
     GROUP_BLOCKS: tl.constexpr = (GROUP_CHANNELS + BLOCK - 1) // BLOCK
-    SLOTS: tl.constexpr = CHUNK // UNROLL
+    SLOTS: tl.constexpr = SPAN // UNROLL
     TILE: tl.constexpr = BLOCK * NI * NL
     block_program = tl.program_id(0) % block_programs
     pid = tl.program_id(0) // block_programs
@@ -370,9 +370,12 @@ def scan_backward_kernel(
         ev = ev.to(tl.int64)
         et = et.to(tl.int64)
     own = tile_offsets(CHANNELS, EC, NI, NL, EL)
+    pair = nv[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+    pair_mask = nv_mask[:, :, None] & (tl.full([1, 1, 2], 1, tl.int1))
     nothing = zero.to(tl.float32)
     all_lanes = tl.full([EC, NI, NL * EL], 1, tl.int1)
-    scratch_at = scratch + (tl.program_id(0).to(tl.int64) * (SLOTS * TILE) + zero) + tile_offsets(BLOCK, EC, NI, NL, EL)
+    scratch_near = scratch + tl.program_id(0).to(tl.int64) * (SLOTS * TILE)
+    scratch_at = scratch_near + private_offsets(EC, NI, NL, EL)
 
     for block in range(block_program, GROUP_BLOCKS, block_programs):
         inside = block * BLOCK
@@ -385,6 +388,11 @@ def scan_backward_kernel(
             if orders is not None:
                 order = orders + k64 * length
             a2 = load_tile(a + k64 * a_k + (origin + zero) + own, own_mask, EC, NI, NL, EL) * LOG2E
+            # through memory into the layout of the scratch tiles, which all of the loop then takes
+            store_tile(scratch_at, a2, all_lanes, EC, NI, NL, EL)
+            tl.debug_barrier()
+            a2 = load_tile(scratch_at, all_lanes, EC, NI, NL, EL)
+            tl.debug_barrier()
             bias_e = 0.0
             if bias is not None:
                 bias_e = load_vector(bias + k64 * bias_k + origin + ev, ev_mask)
@@ -443,8 +451,8 @@ def scan_backward_kernel(
                     dz_sum_near = dz_sum + row_batch * dz_b + (origin + zero)
                     dz_sum_at = dz_sum_near + ev
                 slot = ((block_program * batch + row_batch) * directions + k64) * length
-                db_at = db + (slot * GROUPS + group) * STATES + nv
-                dc_at = dc + (slot * GROUPS + group) * STATES + nv
+                dbc_near = dbc + (slot * GROUPS + group) * (2 * STATES)
+                dbc_at = dbc_near + pair
 
                 kept = saved + (row_batch * directions + k64) * chunks * (STATES * CHANNELS) + (origin + zero)
                 low = first // CHUNK + segment * segment_chunks
@@ -452,144 +460,202 @@ def scan_backward_kernel(
                 bottom = tl.maximum(low * CHUNK, first)
                 top = tl.maximum(tl.minimum(high * CHUNK, end), bottom + 1)
                 columns = tl.minimum(GROUP_CHANNELS - inside, BLOCK)
-                if PREFETCH:
-                    rows_near = steps_rows(order, (high - 1) * CHUNK + tl.arange(0, CHUNK), bottom, top, WIDE)
+                if PREFETCH & (WINDOW == 0):
+                    near_end = tl.minimum(high * CHUNK, end)
+                    first_span = tl.maximum((high - 1) * CHUNK, first)
+                    first_span += (near_end - 1 - first_span) // SPAN * SPAN
+                    rows_near = steps_rows(order, first_span + tl.arange(0, SPAN), bottom, top, WIDE)
                 for back in range(high - low):
                     chunk = high - 1 - back
-                    if PREFETCH:  # what the second walk reads, while the first one runs
-                        prefetch(g_near, rows_near, g_l, g_e, columns, BLOCK)
-                        prefetch(c + c_shift, rows_near, c_l, c_n, STATES, NI * NL)
-                        if z is not None:
-                            prefetch(z_near, rows_near, z_l, z_e, columns, BLOCK)
-                        if ADD_U:
-                            prefetch(du_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
-                        if ADD_DELTA:
-                            prefetch(dd_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
-                        if ADD_Z:
-                            prefetch(dz_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
-                        rows_near = steps_rows(order, (chunk - 1) * CHUNK + tl.arange(0, CHUNK), bottom, top, WIDE)
                     start = tl.maximum(chunk * CHUNK, first)
-                    stop = tl.minimum((chunk + 1) * CHUNK, end)
-                    trips = tl.cdiv(stop - start, UNROLL)
+                    stop_chunk = tl.minimum((chunk + 1) * CHUNK, end)
+                    spans = tl.cdiv(stop_chunk - start, SPAN)
                     whole = chunk * CHUNK >= first  # else a packed sequence starts inside this chunk
-                    h = load_tile(kept + chunk * (STATES * CHANNELS) + own, only(own_mask, whole), EC, NI, NL, EL)
-                    if (borders is not None) & (initial is not None):
-                        start_at = initial + s * i_s + k64 * i_k + origin * i_e + (et * i_e + nt * i_n)
-                        h = h + load_tile(start_at, only(own_mask, chunk * CHUNK < first), EC, NI, NL, EL)
-                    for trip in range(trips - 1):
-                        store_tile(scratch_at + trip * TILE, h, all_lanes, EC, NI, NL, EL)
-                        base = start + trip * UNROLL
-                        seen = ()
-                        us = ()
-                        ds = ()
-                        bs = ()
-                        for i in tl.static_range(UNROLL):
-                            row = row_at(order, tl.minimum(base + i, stop - 1), WIDE)
-                            live = base + i < stop
-                            e_mask = ev_mask
-                            n_mask = nv_mask
-                            if lengths is not None:
-                                live = live & (row < limit)
-                                e_mask = only(ev_mask, live)
-                                n_mask = only(nv_mask, live)
-                            seen = seen + (live,)
-                            us = us + (load_vector(u_at + row * u_l, e_mask),)
-                            ds = ds + (load_vector(d_at + row * d_l, e_mask),)
-                            bs = bs + (load_vector(b_at + row * b_l, n_mask),)
-                        for i in tl.static_range(UNROLL):
-                            _raw, step = _activated(ds[i], bias_e, seen[i], bias is not None, SOFTPLUS)
-                            added = over_states(step * us[i]) * over_channels(bs[i])
-                            h = tl.exp2(over_states(step) * a2) * h + added
-                    store_tile(scratch_at + (trips - 1) * TILE, h, all_lanes, EC, NI, NL, EL)
-                    tl.debug_barrier()  # another lane may read back what this one wrote
-                    if PREFETCH:  # what the first walk of the next chunk reads
-                        prefetch(u_near, rows_near, u_l, u_e, columns, BLOCK)
-                        prefetch(d_near, rows_near, d_l, d_e, columns, BLOCK)
-                        prefetch(b + b_shift, rows_near, b_l, b_n, STATES, NI * NL)
-                    for trip_back in range(trips):
-                        trip = trips - 1 - trip_back
-                        base = start + trip * UNROLL
-                        h = load_tile(scratch_at + trip * TILE, all_lanes, EC, NI, NL, EL)
-                        rows = ()
-                        seen = ()
-                        gs = ()
-                        us = ()
-                        ds = ()
-                        zs = ()
-                        bs = ()
-                        cs = ()
-                        for i in tl.static_range(UNROLL):
-                            row = row_at(order, tl.minimum(base + i, stop - 1), WIDE)
-                            live = base + i < stop
-                            e_mask = ev_mask
-                            n_mask = nv_mask
-                            if lengths is not None:
-                                live = live & (row < limit)
-                                e_mask = only(ev_mask, live)
-                                n_mask = only(nv_mask, live)
-                            rows = rows + (row,)
-                            seen = seen + (live,)
-                            gs = gs + (tl.where(live, load_vector(g_at + row * g_l, e_mask), 0.0),)
-                            us = us + (load_vector(u_at + row * u_l, e_mask),)
-                            ds = ds + (load_vector(d_at + row * d_l, e_mask),)
-                            bs = bs + (load_vector(b_at + row * b_l, n_mask),)
-                            cs = cs + (load_vector(c_at + row * c_l, n_mask),)
+                    for span_back in range(spans):
+                        span = start + (spans - 1 - span_back) * SPAN
+                        stop = tl.minimum(span + SPAN, stop_chunk)
+                        if PREFETCH & (WINDOW > 0):  # what the second walk reads first
+                            rows_near = steps_rows(order, stop - WINDOW + tl.arange(0, WINDOW), span, stop, WIDE)
+                            prefetch(g_near, rows_near, g_l, g_e, columns, BLOCK)
+                            prefetch(c + c_shift, rows_near, c_l, c_n, STATES, NI * NL)
                             if z is not None:
-                                zs = zs + (load_vector(z_at + row * z_l, e_mask),)
-                        raws = ()
-                        steps = ()
-                        before = ()
-                        gates = ()
-                        for i in tl.static_range(UNROLL):
-                            raw, step = _activated(ds[i], bias_e, seen[i], bias is not None, SOFTPLUS)
-                            raws = raws + (raw,)
-                            steps = steps + (step,)
-                            before = before + (h,)
-                            decayed = tl.exp2(over_states(step) * a2)
-                            h = decayed * h + over_states(step * us[i]) * over_channels(bs[i])
+                                prefetch(z_near, rows_near, z_l, z_e, columns, BLOCK)
+                        if PREFETCH & (WINDOW == 0):  # what the second walk reads, while the first one runs
+                            prefetch(g_near, rows_near, g_l, g_e, columns, BLOCK)
+                            prefetch(c + c_shift, rows_near, c_l, c_n, STATES, NI * NL)
                             if z is not None:
-                                gate = sigmoid(zs[i])
-                                gates = gates + (gate,)
-                                y = sum_states(h * over_channels(cs[i]))
-                                if skip is not None:
-                                    y = y + skip_e * us[i]
-                                value = gs[i] * y * gate * (1.0 + zs[i] * (1.0 - gate))
+                                prefetch(z_near, rows_near, z_l, z_e, columns, BLOCK)
+                            if ADD_U:
+                                prefetch(du_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
+                            if ADD_DELTA:
+                                prefetch(dd_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
+                            if ADD_Z:
+                                prefetch(dz_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
+                            if AGAIN:
+                                prefetch(dbc_near, rows_near, 2 * GROUPS * STATES, 1, 2 * STATES, 2 * NI * NL)
+                            rows_near = steps_rows(order, span - SPAN + tl.arange(0, SPAN), bottom, top, WIDE)
+                        h = load_tile(kept + chunk * (STATES * CHANNELS) + own, only(own_mask, whole), EC, NI, NL, EL)
+                        if (borders is not None) & (initial is not None):
+                            start_at = initial + s * i_s + k64 * i_k + origin * i_e + (et * i_e + nt * i_n)
+                            h = h + load_tile(start_at, only(own_mask, chunk * CHUNK < first), EC, NI, NL, EL)
+                        trips = tl.cdiv(stop - span, UNROLL)
+                        skipped = (span - start) // UNROLL
+                        next_rows = trip_rows(order, start, stop, WIDE, UNROLL)
+                        for trip in range(skipped + trips):
+                            kept_at = scratch_at + tl.maximum(trip - skipped, 0) * TILE
+                            store_tile(kept_at, h, only(all_lanes, trip >= skipped), EC, NI, NL, EL, HINT)
+                            base = start + trip * UNROLL
+                            if PREFETCH & (WINDOW > 0):
+                                if trip % (WINDOW // UNROLL) == 0:  # what is walked in the next window
+                                    far = base + WINDOW + tl.arange(0, WINDOW)
+                                    rows_near = steps_rows(order, far, bottom, stop, WIDE)
+                                    prefetch(u_near, rows_near, u_l, u_e, columns, BLOCK)
+                                    prefetch(d_near, rows_near, d_l, d_e, columns, BLOCK)
+                                    prefetch(b + b_shift, rows_near, b_l, b_n, STATES, NI * NL)
+                            rows = next_rows
+                            next_rows = trip_rows(order, base + UNROLL, stop, WIDE, UNROLL)
+                            seen = ()
+                            us = ()
+                            ds = ()
+                            bs = ()
+                            for i in tl.static_range(UNROLL):
+                                row = rows[i]
+                                live = base + i < stop
+                                e_mask = ev_mask
+                                n_mask = nv_mask
+                                if lengths is not None:
+                                    live = live & (row < limit)
+                                    e_mask = only(ev_mask, live)
+                                    n_mask = only(nv_mask, live)
+                                seen = seen + (live,)
+                                us = us + (load_vector(u_at + row * u_l, e_mask),)
+                                ds = ds + (load_vector(d_at + row * d_l, e_mask),)
+                                bs = bs + (load_vector(b_at + row * b_l, n_mask),)
+                            for i in tl.static_range(UNROLL):
+                                _raw, step = _activated(ds[i], bias_e, seen[i], bias is not None, SOFTPLUS)
+                                added = over_states(step * us[i]) * over_channels(bs[i])
+                                h = tl.exp2(over_states(step) * a2) * h + added
+                        after = h
+                        tl.debug_barrier()  # another lane may read back what this one wrote
+                        if PREFETCH & (WINDOW == 0):  # what the first walk of the next span reads
+                            prefetch(u_near, rows_near, u_l, u_e, columns, BLOCK)
+                            prefetch(d_near, rows_near, d_l, d_e, columns, BLOCK)
+                            prefetch(b + b_shift, rows_near, b_l, b_n, STATES, NI * NL)
+                            if SPAN < CHUNK:
+                                rows_far = steps_rows(order, span - 2 * SPAN + tl.arange(0, SPAN), bottom, top, WIDE)
+                                prefetch(u_near, rows_far, u_l, u_e, columns, BLOCK)
+                                prefetch(d_near, rows_far, d_l, d_e, columns, BLOCK)
+                                prefetch(b + b_shift, rows_far, b_l, b_n, STATES, NI * NL)
+                        next_rows = trip_rows(order, span + (trips - 1) * UNROLL, stop, WIDE, UNROLL)
+                        for trip_back in range(trips):
+                            trip = trips - 1 - trip_back
+                            base = span + trip * UNROLL
+                            if PREFETCH & (WINDOW > 0):
+                                if trip_back % (WINDOW // UNROLL) == 0:  # what is read in the next window
+                                    far = base + UNROLL - 2 * WINDOW + tl.arange(0, WINDOW)
+                                    rows_near = steps_rows(order, far, bottom, top, WIDE)
+                                    prefetch(g_near, rows_near, g_l, g_e, columns, BLOCK)
+                                    prefetch(c + c_shift, rows_near, c_l, c_n, STATES, NI * NL)
+                                    prefetch(u_near, rows_near, u_l, u_e, columns, BLOCK)
+                                    prefetch(d_near, rows_near, d_l, d_e, columns, BLOCK)
+                                    prefetch(b + b_shift, rows_near, b_l, b_n, STATES, NI * NL)
+                                    if z is not None:
+                                        prefetch(z_near, rows_near, z_l, z_e, columns, BLOCK)
+                                    if ADD_U:
+                                        prefetch(du_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
+                                    if ADD_DELTA:
+                                        prefetch(dd_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
+                                    if ADD_Z:
+                                        prefetch(dz_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
+                                    if AGAIN:
+                                        prefetch(dbc_near, rows_near, 2 * GROUPS * STATES, 1, 2 * STATES, 2 * NI * NL)
+                                if trip == WINDOW // UNROLL:  # what the next first walk begins with
+                                    far = tl.where(span == start, start - CHUNK, start) + tl.arange(0, WINDOW)
+                                    rows_near = steps_rows(order, far, bottom, top, WIDE)
+                                    prefetch(u_near, rows_near, u_l, u_e, columns, BLOCK)
+                                    prefetch(d_near, rows_near, d_l, d_e, columns, BLOCK)
+                                    prefetch(b + b_shift, rows_near, b_l, b_n, STATES, NI * NL)
+                            rows = next_rows
+                            next_rows = trip_rows(order, tl.maximum(base - UNROLL, span), stop, WIDE, UNROLL)
+                            h = load_tile(scratch_at + trip * TILE, all_lanes, EC, NI, NL, EL, HINT)
+                            if PREFETCH & (AHEAD > 0):
+                                prefetch_tile(scratch_near + tl.maximum(trip - AHEAD, 0) * TILE, TILE)
+                            seen = ()
+                            gs = ()
+                            us = ()
+                            ds = ()
+                            zs = ()
+                            bs = ()
+                            cs = ()
+                            for i in tl.static_range(UNROLL):
+                                row = rows[i]
+                                live = base + i < stop
+                                e_mask = ev_mask
+                                n_mask = nv_mask
+                                if lengths is not None:
+                                    live = live & (row < limit)
+                                    e_mask = only(ev_mask, live)
+                                    n_mask = only(nv_mask, live)
+                                seen = seen + (live,)
+                                gs = gs + (tl.where(live, load_vector(g_at + row * g_l, e_mask), 0.0),)
+                                us = us + (load_vector(u_at + row * u_l, e_mask),)
+                                ds = ds + (load_vector(d_at + row * d_l, e_mask),)
+                                bs = bs + (load_vector(b_at + row * b_l, n_mask),)
+                                cs = cs + (load_vector(c_at + row * c_l, n_mask),)
+                                if z is not None:
+                                    zs = zs + (load_vector(z_at + row * z_l, e_mask),)
+                            raws = ()
+                            steps = ()
+                            before = ()
+                            for i in tl.static_range(UNROLL):
+                                raw, step = _activated(ds[i], bias_e, seen[i], bias is not None, SOFTPLUS)
+                                raws = raws + (raw,)
+                                steps = steps + (step,)
+                                before = before + (h,)
+                                if i < UNROLL - 1:
+                                    decayed = tl.exp2(over_states(step) * a2)
+                                    h = decayed * h + over_states(step * us[i]) * over_channels(bs[i])
+                            for i in tl.static_range(UNROLL - 1, -1, -1):
+                                live = base + i < stop
                                 row = rows[i] * CHANNELS
-                                mask = only(ev_mask, base + i < stop)
-                                _emit(value, dz_at + row, dz_sum_at + row, mask, k64, directions, ADD_Z)
-                        after = before + (h,)
-                        for i in tl.static_range(UNROLL - 1, -1, -1):
-                            live = base + i < stop
-                            g = gs[i]
-                            if z is not None:
-                                g = g * zs[i] * gates[i]
-                            step = steps[i]
-                            adjoint = adjoint + over_states(g) * over_channels(cs[i])
-                            shared = rows[i] * (GROUPS * STATES)
-                            again = live & (block != block_program)
-                            dc_t = sum_channels(over_states(g) * after[i + 1])
-                            _add_to(dc_at + shared, dc_t, only(nv_mask, live), again)
-                            db_t = sum_channels(over_states(step * us[i]) * adjoint)
-                            _add_to(db_at + shared, db_t, only(nv_mask, live), again)
-                            along_b = sum_states(adjoint * over_channels(bs[i]))
-                            # `nothing` is zero, but unknown: a second exponential instead of a register
-                            adjoint = adjoint * tl.exp2(over_states(step + nothing) * a2)
-                            flow = adjoint * before[i]
-                            a_sum = a_sum + over_states(step) * flow
-                            du_t = step * along_b
-                            if skip is not None:
-                                du_t = du_t + skip_e * g
-                                skip_sum = skip_sum + g * us[i]
-                            dd_t = sum_states(flow * a2) * LN2 + us[i] * along_b
-                            if SOFTPLUS:
-                                dd_t = dd_t * sigmoid(raws[i])
-                            dd_t = tl.where(seen[i], dd_t, 0.0)
-                            bias_sum = bias_sum + dd_t
-                            row = rows[i] * CHANNELS
-                            mask = only(ev_mask, live)
-                            _emit(du_t, du_at + row, du_sum_at + row, mask, k64, directions, ADD_U)
-                            _emit(dd_t, dd_at + row, dd_sum_at + row, mask, k64, directions, ADD_DELTA)
-                    tl.debug_barrier()  # the next chunk overwrites the scratch tiles
+                                mask = only(ev_mask, live)
+                                g = gs[i]
+                                if z is not None:
+                                    gate = sigmoid(zs[i])
+                                    y = sum_states(after * over_channels(cs[i]))
+                                    if skip is not None:
+                                        y = y + skip_e * us[i]
+                                    dz_t = g * y * gate * (1.0 + zs[i] * (1.0 - gate))
+                                    _emit(dz_t, dz_at + row, dz_sum_at + row, mask, k64, directions, ADD_Z)
+                                    g = g * zs[i] * gate
+                                step = steps[i]
+                                adjoint = adjoint + over_states(g) * over_channels(cs[i])
+                                db_t = sum_channels(over_states(step * us[i]) * adjoint)
+                                dc_t = sum_channels(over_states(g) * after)
+                                both = tl.join(db_t, dc_t)
+                                both_at = dbc_at + rows[i] * (2 * GROUPS * STATES)
+                                if AGAIN:  # add to what this program stored for an earlier block of channels
+                                    again = live & (block != block_program)
+                                    both = both + tl.load(both_at, mask=only(pair_mask, again), other=0.0)
+                                tl.store(both_at, both, mask=only(pair_mask, live))
+                                along_b = sum_states(adjoint * over_channels(bs[i]))
+                                # `nothing` is zero, but unknown: a second exponential instead of a register
+                                adjoint = adjoint * tl.exp2(over_states(step + nothing) * a2)
+                                after = before[i]
+                                flow = adjoint * after
+                                a_sum = a_sum + over_states(step) * flow
+                                du_t = step * along_b
+                                if skip is not None:
+                                    du_t = du_t + skip_e * g
+                                    skip_sum = skip_sum + g * us[i]
+                                dd_t = sum_states(flow * a2) * LN2 + us[i] * along_b
+                                if SOFTPLUS:
+                                    dd_t = dd_t * sigmoid(raws[i])
+                                dd_t = tl.where(seen[i], dd_t, 0.0)
+                                bias_sum = bias_sum + dd_t
+                                _emit(du_t, du_at + row, du_sum_at + row, mask, k64, directions, ADD_U)
+                                _emit(dd_t, dd_at + row, dd_sum_at + row, mask, k64, directions, ADD_DELTA)
+                        tl.debug_barrier()  # the next span overwrites the scratch tiles
                 if dinitial is not None:
                     first_at = dinitial + (sk * CHANNELS + origin) * STATES + (et * STATES + nt)
                     store_tile(first_at, adjoint, only(own_mask, segment == 0), EC, NI, NL, EL)

@@ -38,6 +38,9 @@ _BACKWARD_REGISTERS = 168  # twelve programs on a multiprocessor are worth some 
 _FORWARD_ENOUGH, _BACKWARD_ENOUGH = 4, 6  # programs per multiprocessor from which on time is not split
 _WANTED = 16  # programs per multiprocessor to aim at when it is
 _SEGMENT_CHUNKS = 4  # shortest segment worth its second pass
+_AHEAD = 0
+_HINT = 0
+_BACKWARD_WINDOW = 8
 _PARTIAL_BYTES = 4  # bytes of partial dB and dC per token and channel to stay under where the device stays full
 
 
@@ -238,6 +241,7 @@ def scan_backward(
     unroll: int | None = None,
     segments: int | None = None,
     block_programs: int | None = None,
+    span: int | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `scan_forward`.
 
@@ -259,6 +263,7 @@ def scan_backward(
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tile = backward_tile(states, block_e, state_lanes)
     unroll = unroll or 2
+    span = min(chunk, span or chunk)
     group_blocks = tile.blocks(channels // groups)
     if block_programs is None:
         block_programs = _block_programs(group_blocks, groups, channels, states)
@@ -277,8 +282,7 @@ def scan_backward(
     per_token = [_Summed(x, directions, plan.direction_programs) for x in (u, delta, z)]
     new = functools.partial(u.new_empty, dtype=torch.float32)
     da = new(work_programs, directions, states, channels)
-    db = new(block_programs, batch, directions, length, groups, states)
-    dc = torch.empty_like(db)
+    dbc = new(block_programs, batch, directions, length, groups, states, 2)
     dskip = None if D is None else new(work_programs, directions, channels)
     dbias = None if delta_bias is None else new(work_programs, directions, channels)
     dinitial = None if initial_state is None else new(sequences, directions, channels, states)
@@ -314,7 +318,7 @@ def scan_backward(
                 "CHANNELS": channels,
                 "GROUP_CHANNELS": channels // groups,
                 "STATES": states,
-                "WIDE": wide(u, delta, B, C, z, g, db),
+                "WIDE": wide(u, delta, B, C, z, g, dbc),
                 "CHUNK": chunk,
                 "UNROLL": unroll,
                 **vars(tile),
@@ -341,7 +345,7 @@ def scan_backward(
                 first_steps=first_steps(orders, cu_seqlens, length, directions),
                 borders=cu_seqlens,
                 carry=carry,
-                scratch=new(programs, chunk // unroll, tile.channels * tile.NI * tile.NL),
+                scratch=new(programs, span // unroll, tile.channels * tile.NI * tile.NL),
                 du=per_token[0].final,
                 ddelta=per_token[1].final,
                 dz=per_token[2].final,
@@ -349,8 +353,7 @@ def scan_backward(
                 ddelta_sum=per_token[1].partial,
                 dz_sum=per_token[2].partial,
                 da=da,
-                db=db,
-                dc=dc,
+                dbc=dbc,
                 dskip=dskip,
                 dbias=dbias,
                 dinitial=dinitial,
@@ -373,10 +376,16 @@ def scan_backward(
                 ADD_DELTA=per_token[1].in_turn,
                 ADD_Z=per_token[2].in_turn,
                 PREFETCH=compiled_for_nvidia(u.device.type),
+                AGAIN=block_programs < group_blocks,
+                AHEAD=_AHEAD,
+                WINDOW=_BACKWARD_WINDOW,
+                HINT=_HINT,
+                SPAN=span,
             )
     du, ddelta, dz = (x.result() for x in per_token)
     dA = _sum(da, A.shape[0]).transpose(-1, -2).to(A.dtype).contiguous()
-    dB, dC = (_sum(part, x.shape[1], 1).to(x.dtype) for part, x in ((db, B), (dc, C)))
+    dbc = dbc[0] if block_programs == 1 else dbc.sum(0)
+    dB, dC = (_sum(part[None], x.shape[1], 1).to(x.dtype).contiguous() for part, x in zip(dbc.unbind(-1), (B, C)))
     dD = None if D is None else _sum(dskip, D.shape[0]).to(D.dtype)
     ddelta_bias = None if delta_bias is None else _sum(dbias, delta_bias.shape[0]).to(delta_bias.dtype)
     dinitial = None if dinitial is None else dinitial.to(initial_state.dtype)

@@ -81,6 +81,17 @@ def tile_offsets(STRIDE: tl.constexpr, EC: tl.constexpr, NI: tl.constexpr, NL: t
 
 
 @triton.jit
+def private_offsets(EC: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr):
+    """Offsets of a tile that only one program sees, (EC, NI, NL * EL): the lanes of an access are neighbours."""
+    V: tl.constexpr = min(NI, 4)
+    state = tl.arange(0, NI)
+    state = (state // V) * (V * NL * EL) + state % V
+    lane = tl.arange(0, NL * EL) * V
+    offsets = lane[None, None, :] + (tl.arange(0, EC)[:, None] * (NI * NL * EL) + state[None, :])[:, :, None]
+    return tl.max_contiguous(offsets, [1, V, 2])
+
+
+@triton.jit
 def tile_mask(
     inside,
     CHANNELS: tl.constexpr,
@@ -105,14 +116,22 @@ def only(mask, condition):
 
 
 @triton.jit
-def load_tile(pointers, mask, EC: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr):
+def load_tile(pointers, mask, EC: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr, HINT: tl.constexpr = 0):
     """(EC, NI, NL * EL) pointers -> float32 tile (EC, NI, NL, EL), zero where masked."""
-    return tl.reshape(tl.load(pointers, mask=mask, other=0.0).to(tl.float32), [EC, NI, NL, EL])
+    if HINT:
+        values = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_last")
+    else:
+        values = tl.load(pointers, mask=mask, other=0.0)
+    return tl.reshape(values.to(tl.float32), [EC, NI, NL, EL])
 
 
 @triton.jit
-def store_tile(pointers, tile, mask, EC: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr):
-    tl.store(pointers, tl.reshape(tile, [EC, NI, NL * EL]).to(pointers.dtype.element_ty), mask=mask)
+def store_tile(pointers, tile, mask, EC: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr, HINT: tl.constexpr = 0):
+    values = tl.reshape(tile, [EC, NI, NL * EL]).to(pointers.dtype.element_ty)
+    if HINT:
+        tl.store(pointers, values, mask=mask, eviction_policy="evict_last")
+    else:
+        tl.store(pointers, values, mask=mask)
 
 
 @triton.jit
@@ -202,6 +221,19 @@ def prefetch(base, rows, row_stride, column_stride, columns, WIDTH: tl.constexpr
         "prefetch.global.L1 [$1]; mov.b32 $0, 0;",
         "=r,l",
         [base + (rows[:, None] * row_stride + column[None, :] * column_stride)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def prefetch_tile(base, SIZE: tl.constexpr):
+    """Bring SIZE float32 from ``base`` on into the nearest cache, on NVIDIA devices."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [base + tl.arange(0, SIZE // 8) * 8],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
