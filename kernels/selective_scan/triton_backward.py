@@ -105,6 +105,61 @@ def _emit(value, final_at, partial_at, mask, k64, directions, ACCUMULATE: tl.con
     tl.store(final_at, value.to(final_at.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _read_trip(
+    g_at,
+    u_at,
+    d_at,
+    z_at,
+    b_at,
+    c_at,
+    g_l,
+    u_l,
+    d_l,
+    z_l,
+    b_l,
+    c_l,
+    rows,
+    base,
+    stop,
+    limit,
+    ev_mask,
+    nv_mask,
+    GATED: tl.constexpr,
+    PADDED: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """What the second walk reads for the steps from ``base`` on: (seen, g, u, delta, B, C, z)."""
+    seen = ()
+    gs = ()
+    us = ()
+    ds = ()
+    bs = ()
+    cs = ()
+    zs = ()
+    for i in tl.static_range(UNROLL):
+        row = rows[i]
+        live = base + i < stop
+        e_mask = ev_mask
+        n_mask = nv_mask
+        if PADDED:
+            live = live & (row < limit)
+            e_mask = only(ev_mask, live)
+            n_mask = only(nv_mask, live)
+        g = tl.where(live, load_vector(g_at + row * g_l, e_mask), 0.0)
+        seen = seen + (live,)
+        gs = gs + (g,)
+        us = us + (load_vector(u_at + row * u_l, e_mask),)
+        ds = ds + (load_vector(d_at + row * d_l, e_mask),)
+        bs = bs + (load_vector(b_at + row * b_l, n_mask),)
+        cs = cs + (load_vector(c_at + row * c_l, n_mask),)
+        if GATED:
+            zs = zs + (load_vector(z_at + row * z_l, e_mask),)
+        else:
+            zs = zs + (g,)
+    return seen, gs, us, ds, bs, cs, zs
+
+
 @triton.jit(do_not_specialize=_RUNTIME)
 def scan_adjoint_kernel(
     grad,
@@ -337,6 +392,7 @@ def scan_backward_kernel(
     AHEAD: tl.constexpr,
     WINDOW: tl.constexpr,
     HINT: tl.constexpr,
+    EARLY: tl.constexpr,
     SPAN: tl.constexpr,
     UNROLL: tl.constexpr,
     EC: tl.constexpr,
@@ -444,6 +500,7 @@ def scan_backward_kernel(
                 du_sum_at = du_sum_near + ev
                 dd_sum_near = ddelta_sum + row_batch * dd_b + (origin + zero)
                 dd_sum_at = dd_sum_near + ev
+                z_at = g_at
                 if z is not None:
                     z_near = z + row_batch * z_b + k64 * z_k + (origin * z_e + zero)
                     z_at = z_near + ev * z_e
@@ -505,7 +562,7 @@ def scan_backward_kernel(
                             kept_at = scratch_at + tl.maximum(trip - skipped, 0) * TILE
                             store_tile(kept_at, h, only(all_lanes, trip >= skipped), EC, NI, NL, EL, HINT)
                             base = start + trip * UNROLL
-                            if PREFETCH & (WINDOW > 0):
+                            if PREFETCH & (WINDOW > 0):  # noqa: SIM102 - nothing else may be left where there is no prefetch
                                 if trip % (WINDOW // UNROLL) == 0:  # what is walked in the next window
                                     far = base + WINDOW + tl.arange(0, WINDOW)
                                     rows_near = steps_rows(order, far, bottom, stop, WIDE)
@@ -547,6 +604,30 @@ def scan_backward_kernel(
                                 prefetch(d_near, rows_far, d_l, d_e, columns, BLOCK)
                                 prefetch(b + b_shift, rows_far, b_l, b_n, STATES, NI * NL)
                         next_rows = trip_rows(order, span + (trips - 1) * UNROLL, stop, WIDE, UNROLL)
+                        if EARLY:
+                            ahead = _read_trip(
+                                g_at,
+                                u_at,
+                                d_at,
+                                z_at,
+                                b_at,
+                                c_at,
+                                g_l,
+                                u_l,
+                                d_l,
+                                z_l,
+                                b_l,
+                                c_l,
+                                next_rows,
+                                span + (trips - 1) * UNROLL,
+                                stop,
+                                limit,
+                                ev_mask,
+                                nv_mask,
+                                z is not None,
+                                lengths is not None,
+                                UNROLL,
+                            )
                         for trip_back in range(trips):
                             trip = trips - 1 - trip_back
                             base = span + trip * UNROLL
@@ -580,30 +661,55 @@ def scan_backward_kernel(
                             h = load_tile(scratch_at + trip * TILE, all_lanes, EC, NI, NL, EL, HINT)
                             if PREFETCH & (AHEAD > 0):
                                 prefetch_tile(scratch_near + tl.maximum(trip - AHEAD, 0) * TILE, TILE)
-                            seen = ()
-                            gs = ()
-                            us = ()
-                            ds = ()
-                            zs = ()
-                            bs = ()
-                            cs = ()
-                            for i in tl.static_range(UNROLL):
-                                row = rows[i]
-                                live = base + i < stop
-                                e_mask = ev_mask
-                                n_mask = nv_mask
-                                if lengths is not None:
-                                    live = live & (row < limit)
-                                    e_mask = only(ev_mask, live)
-                                    n_mask = only(nv_mask, live)
-                                seen = seen + (live,)
-                                gs = gs + (tl.where(live, load_vector(g_at + row * g_l, e_mask), 0.0),)
-                                us = us + (load_vector(u_at + row * u_l, e_mask),)
-                                ds = ds + (load_vector(d_at + row * d_l, e_mask),)
-                                bs = bs + (load_vector(b_at + row * b_l, n_mask),)
-                                cs = cs + (load_vector(c_at + row * c_l, n_mask),)
-                                if z is not None:
-                                    zs = zs + (load_vector(z_at + row * z_l, e_mask),)
+                            if EARLY:
+                                seen, gs, us, ds, bs, cs, zs = ahead
+                                ahead = _read_trip(
+                                    g_at,
+                                    u_at,
+                                    d_at,
+                                    z_at,
+                                    b_at,
+                                    c_at,
+                                    g_l,
+                                    u_l,
+                                    d_l,
+                                    z_l,
+                                    b_l,
+                                    c_l,
+                                    next_rows,
+                                    tl.maximum(base - UNROLL, span),
+                                    stop,
+                                    limit,
+                                    ev_mask,
+                                    nv_mask,
+                                    z is not None,
+                                    lengths is not None,
+                                    UNROLL,
+                                )
+                            else:
+                                seen, gs, us, ds, bs, cs, zs = _read_trip(
+                                    g_at,
+                                    u_at,
+                                    d_at,
+                                    z_at,
+                                    b_at,
+                                    c_at,
+                                    g_l,
+                                    u_l,
+                                    d_l,
+                                    z_l,
+                                    b_l,
+                                    c_l,
+                                    rows,
+                                    base,
+                                    stop,
+                                    limit,
+                                    ev_mask,
+                                    nv_mask,
+                                    z is not None,
+                                    lengths is not None,
+                                    UNROLL,
+                                )
                             raws = ()
                             steps = ()
                             before = ()

@@ -40,6 +40,7 @@ _WANTED = 16  # programs per multiprocessor to aim at when it is
 _SEGMENT_CHUNKS = 4  # shortest segment worth its second pass
 _AHEAD = 0
 _HINT = 0
+_EARLY = False
 _BACKWARD_WINDOW = 8
 _PARTIAL_BYTES = 4  # bytes of partial dB and dC per token and channel to stay under where the device stays full
 
@@ -380,6 +381,7 @@ def scan_backward(
                 AHEAD=_AHEAD,
                 WINDOW=_BACKWARD_WINDOW,
                 HINT=_HINT,
+                EARLY=_EARLY,
                 SPAN=span,
             )
     du, ddelta, dz = (x.result() for x in per_token)

@@ -116,7 +116,9 @@ def only(mask, condition):
 
 
 @triton.jit
-def load_tile(pointers, mask, EC: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr, HINT: tl.constexpr = 0):
+def load_tile(
+    pointers, mask, EC: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr, HINT: tl.constexpr = 0
+):
     """(EC, NI, NL * EL) pointers -> float32 tile (EC, NI, NL, EL), zero where masked."""
     if HINT:
         values = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_last")
@@ -126,7 +128,9 @@ def load_tile(pointers, mask, EC: tl.constexpr, NI: tl.constexpr, NL: tl.constex
 
 
 @triton.jit
-def store_tile(pointers, tile, mask, EC: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr, HINT: tl.constexpr = 0):
+def store_tile(
+    pointers, tile, mask, EC: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr, HINT: tl.constexpr = 0
+):
     values = tl.reshape(tile, [EC, NI, NL * EL]).to(pointers.dtype.element_ty)
     if HINT:
         tl.store(pointers, values, mask=mask, eviction_policy="evict_last")
