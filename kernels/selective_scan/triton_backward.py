@@ -8,8 +8,8 @@ With lambda_t = dLoss/dh_t (the adjoint state) and g_t the gradient that reaches
     ddelta_t = <lambda_t, A exp(delta_t A) h_{t-1}> + u_t <lambda_t, B_t>
 
 The states come back chunk by chunk from the checkpoints of the forward: a first walk keeps the state before every
-UNROLL steps in a scratch tile of the program's own, then, from the last of these back, the UNROLL states are computed
-again, held in registers and consumed in reverse.
+UNROLL steps in a scratch tile of the program's own, then, from the last of these back, the states between two of them
+are computed again, held in registers and consumed in reverse.
 """
 
 # ruff: noqa: RUF005 - Triton's compiler knows no starred tuples
@@ -103,61 +103,6 @@ def _emit(value, final_at, partial_at, mask, k64, directions, ACCUMULATE: tl.con
         tl.store(partial_at, value, mask=only(mask, k64 < directions - 1))
         mask = only(mask, k64 == directions - 1)
     tl.store(final_at, value.to(final_at.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _read_trip(
-    g_at,
-    u_at,
-    d_at,
-    z_at,
-    b_at,
-    c_at,
-    g_l,
-    u_l,
-    d_l,
-    z_l,
-    b_l,
-    c_l,
-    rows,
-    base,
-    stop,
-    limit,
-    ev_mask,
-    nv_mask,
-    GATED: tl.constexpr,
-    PADDED: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """What the second walk reads for the steps from ``base`` on: (seen, g, u, delta, B, C, z)."""
-    seen = ()
-    gs = ()
-    us = ()
-    ds = ()
-    bs = ()
-    cs = ()
-    zs = ()
-    for i in tl.static_range(UNROLL):
-        row = rows[i]
-        live = base + i < stop
-        e_mask = ev_mask
-        n_mask = nv_mask
-        if PADDED:
-            live = live & (row < limit)
-            e_mask = only(ev_mask, live)
-            n_mask = only(nv_mask, live)
-        g = tl.where(live, load_vector(g_at + row * g_l, e_mask), 0.0)
-        seen = seen + (live,)
-        gs = gs + (g,)
-        us = us + (load_vector(u_at + row * u_l, e_mask),)
-        ds = ds + (load_vector(d_at + row * d_l, e_mask),)
-        bs = bs + (load_vector(b_at + row * b_l, n_mask),)
-        cs = cs + (load_vector(c_at + row * c_l, n_mask),)
-        if GATED:
-            zs = zs + (load_vector(z_at + row * z_l, e_mask),)
-        else:
-            zs = zs + (g,)
-    return seen, gs, us, ds, bs, cs, zs
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -389,11 +334,6 @@ def scan_backward_kernel(
     CHUNK: tl.constexpr,
     PREFETCH: tl.constexpr,
     AGAIN: tl.constexpr,
-    AHEAD: tl.constexpr,
-    WINDOW: tl.constexpr,
-    HINT: tl.constexpr,
-    EARLY: tl.constexpr,
-    SPAN: tl.constexpr,
     UNROLL: tl.constexpr,
     EC: tl.constexpr,
     NI: tl.constexpr,
@@ -409,8 +349,9 @@ def scan_backward_kernel(
     BLOCK: tl.constexpr = EC * EL
     GROUPS: tl.constexpr = CHANNELS // GROUP_CHANNELS
     GROUP_BLOCKS: tl.constexpr = (GROUP_CHANNELS + BLOCK - 1) // BLOCK
-    SLOTS: tl.constexpr = SPAN // UNROLL
+    SLOTS: tl.constexpr = CHUNK // UNROLL
     TILE: tl.constexpr = BLOCK * NI * NL
+    NV: tl.constexpr = min(NI, 4)  # states of an access to the scratch tiles
     block_program = tl.program_id(0) % block_programs
     pid = tl.program_id(0) // block_programs
     group = pid % GROUPS
@@ -426,12 +367,12 @@ def scan_backward_kernel(
         ev = ev.to(tl.int64)
         et = et.to(tl.int64)
     own = tile_offsets(CHANNELS, EC, NI, NL, EL)
-    pair = nv[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
-    pair_mask = nv_mask[:, :, None] & (tl.full([1, 1, 2], 1, tl.int1))
+    pair = nv[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]  # dB and dC side by side
+    pair_mask = nv_mask[:, :, None] & tl.full([1, 1, 2], 1, tl.int1)
     nothing = zero.to(tl.float32)
-    all_lanes = tl.full([EC, NI, NL * EL], 1, tl.int1)
     scratch_near = scratch + tl.program_id(0).to(tl.int64) * (SLOTS * TILE)
-    scratch_at = scratch_near + private_offsets(EC, NI, NL, EL)
+    scratch_at = scratch_near + private_offsets(zero, EC, NI, NL, EL)
+    all_lanes = tl.full(scratch_at.shape, 1, tl.int1)
 
     for block in range(block_program, GROUP_BLOCKS, block_programs):
         inside = block * BLOCK
@@ -445,7 +386,7 @@ def scan_backward_kernel(
                 order = orders + k64 * length
             a2 = load_tile(a + k64 * a_k + (origin + zero) + own, own_mask, EC, NI, NL, EL) * LOG2E
             # through memory into the layout of the scratch tiles, which all of the loop then takes
-            store_tile(scratch_at, a2, all_lanes, EC, NI, NL, EL)
+            store_tile(scratch_at, a2, all_lanes, EC * NI // NV, NV, NL, EL)
             tl.debug_barrier()
             a2 = load_tile(scratch_at, all_lanes, EC, NI, NL, EL)
             tl.debug_barrier()
@@ -500,7 +441,6 @@ def scan_backward_kernel(
                 du_sum_at = du_sum_near + ev
                 dd_sum_near = ddelta_sum + row_batch * dd_b + (origin + zero)
                 dd_sum_at = dd_sum_near + ev
-                z_at = g_at
                 if z is not None:
                     z_near = z + row_batch * z_b + k64 * z_k + (origin * z_e + zero)
                     z_at = z_near + ev * z_e
@@ -517,251 +457,150 @@ def scan_backward_kernel(
                 bottom = tl.maximum(low * CHUNK, first)
                 top = tl.maximum(tl.minimum(high * CHUNK, end), bottom + 1)
                 columns = tl.minimum(GROUP_CHANNELS - inside, BLOCK)
-                if PREFETCH & (WINDOW == 0):
-                    near_end = tl.minimum(high * CHUNK, end)
-                    first_span = tl.maximum((high - 1) * CHUNK, first)
-                    first_span += (near_end - 1 - first_span) // SPAN * SPAN
-                    rows_near = steps_rows(order, first_span + tl.arange(0, SPAN), bottom, top, WIDE)
+                if PREFETCH:
+                    rows_near = steps_rows(order, (high - 1) * CHUNK + tl.arange(0, CHUNK), bottom, top, WIDE)
                 for back in range(high - low):
                     chunk = high - 1 - back
+                    if PREFETCH:  # what the second walk reads, while the first one runs
+                        prefetch(g_near, rows_near, g_l, g_e, columns, BLOCK)
+                        prefetch(c + c_shift, rows_near, c_l, c_n, STATES, NI * NL)
+                        if z is not None:
+                            prefetch(z_near, rows_near, z_l, z_e, columns, BLOCK)
+                        if ADD_U:
+                            prefetch(du_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
+                        if ADD_DELTA:
+                            prefetch(dd_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
+                        if ADD_Z:
+                            prefetch(dz_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
+                        if AGAIN:
+                            prefetch(dbc_near, rows_near, 2 * GROUPS * STATES, 1, 2 * STATES, 2 * NI * NL)
+                        rows_near = steps_rows(order, (chunk - 1) * CHUNK + tl.arange(0, CHUNK), bottom, top, WIDE)
                     start = tl.maximum(chunk * CHUNK, first)
-                    stop_chunk = tl.minimum((chunk + 1) * CHUNK, end)
-                    spans = tl.cdiv(stop_chunk - start, SPAN)
+                    stop = tl.minimum((chunk + 1) * CHUNK, end)
+                    trips = tl.cdiv(stop - start, UNROLL)
                     whole = chunk * CHUNK >= first  # else a packed sequence starts inside this chunk
-                    for span_back in range(spans):
-                        span = start + (spans - 1 - span_back) * SPAN
-                        stop = tl.minimum(span + SPAN, stop_chunk)
-                        if PREFETCH & (WINDOW > 0):  # what the second walk reads first
-                            rows_near = steps_rows(order, stop - WINDOW + tl.arange(0, WINDOW), span, stop, WIDE)
-                            prefetch(g_near, rows_near, g_l, g_e, columns, BLOCK)
-                            prefetch(c + c_shift, rows_near, c_l, c_n, STATES, NI * NL)
+                    h = load_tile(kept + chunk * (STATES * CHANNELS) + own, only(own_mask, whole), EC, NI, NL, EL)
+                    if (borders is not None) & (initial is not None):
+                        start_at = initial + s * i_s + k64 * i_k + origin * i_e + (et * i_e + nt * i_n)
+                        h = h + load_tile(start_at, only(own_mask, chunk * CHUNK < first), EC, NI, NL, EL)
+                    next_rows = trip_rows(order, start, stop, WIDE, UNROLL)
+                    for trip in range(trips):
+                        store_tile(scratch_at + trip * TILE, h, all_lanes, EC * NI // NV, NV, NL, EL)
+                        base = start + trip * UNROLL
+                        rows = next_rows
+                        next_rows = trip_rows(order, base + UNROLL, stop, WIDE, UNROLL)
+                        seen = ()
+                        us = ()
+                        ds = ()
+                        bs = ()
+                        for i in tl.static_range(UNROLL):
+                            row = rows[i]
+                            live = base + i < stop
+                            e_mask = ev_mask
+                            n_mask = nv_mask
+                            if lengths is not None:
+                                live = live & (row < limit)
+                                e_mask = only(ev_mask, live)
+                                n_mask = only(nv_mask, live)
+                            seen = seen + (live,)
+                            us = us + (load_vector(u_at + row * u_l, e_mask),)
+                            ds = ds + (load_vector(d_at + row * d_l, e_mask),)
+                            bs = bs + (load_vector(b_at + row * b_l, n_mask),)
+                        for i in tl.static_range(UNROLL):
+                            _raw, step = _activated(ds[i], bias_e, seen[i], bias is not None, SOFTPLUS)
+                            added = over_states(step * us[i]) * over_channels(bs[i])
+                            h = tl.exp2(over_states(step) * a2) * h + added
+                    after = h
+                    tl.debug_barrier()  # another lane may read back what this one wrote
+                    if PREFETCH:  # what the first walk of the next chunk reads
+                        prefetch(u_near, rows_near, u_l, u_e, columns, BLOCK)
+                        prefetch(d_near, rows_near, d_l, d_e, columns, BLOCK)
+                        prefetch(b + b_shift, rows_near, b_l, b_n, STATES, NI * NL)
+                    next_rows = trip_rows(order, start + (trips - 1) * UNROLL, stop, WIDE, UNROLL)
+                    for trip_back in range(trips):
+                        trip = trips - 1 - trip_back
+                        base = start + trip * UNROLL
+                        rows = next_rows
+                        next_rows = trip_rows(order, tl.maximum(base - UNROLL, start), stop, WIDE, UNROLL)
+                        h = load_tile(scratch_at + trip * TILE, all_lanes, EC, NI, NL, EL)
+                        if PREFETCH:  # what the next trip makes its states from
+                            prefetch_tile(scratch_near + tl.maximum(trip - 1, 0) * TILE, TILE)
+                        seen = ()
+                        gs = ()
+                        us = ()
+                        ds = ()
+                        zs = ()
+                        bs = ()
+                        cs = ()
+                        for i in tl.static_range(UNROLL):
+                            row = rows[i]
+                            live = base + i < stop
+                            e_mask = ev_mask
+                            n_mask = nv_mask
+                            if lengths is not None:
+                                live = live & (row < limit)
+                                e_mask = only(ev_mask, live)
+                                n_mask = only(nv_mask, live)
+                            seen = seen + (live,)
+                            gs = gs + (tl.where(live, load_vector(g_at + row * g_l, e_mask), 0.0),)
+                            us = us + (load_vector(u_at + row * u_l, e_mask),)
+                            ds = ds + (load_vector(d_at + row * d_l, e_mask),)
+                            bs = bs + (load_vector(b_at + row * b_l, n_mask),)
+                            cs = cs + (load_vector(c_at + row * c_l, n_mask),)
                             if z is not None:
-                                prefetch(z_near, rows_near, z_l, z_e, columns, BLOCK)
-                        if PREFETCH & (WINDOW == 0):  # what the second walk reads, while the first one runs
-                            prefetch(g_near, rows_near, g_l, g_e, columns, BLOCK)
-                            prefetch(c + c_shift, rows_near, c_l, c_n, STATES, NI * NL)
+                                zs = zs + (load_vector(z_at + row * z_l, e_mask),)
+                        raws = ()
+                        steps = ()
+                        before = ()
+                        for i in tl.static_range(UNROLL):
+                            raw, step = _activated(ds[i], bias_e, seen[i], bias is not None, SOFTPLUS)
+                            raws = raws + (raw,)
+                            steps = steps + (step,)
+                            before = before + (h,)
+                            if i < UNROLL - 1:
+                                decayed = tl.exp2(over_states(step) * a2)
+                                h = decayed * h + over_states(step * us[i]) * over_channels(bs[i])
+                        for i in tl.static_range(UNROLL - 1, -1, -1):
+                            live = base + i < stop
+                            row = rows[i] * CHANNELS
+                            mask = only(ev_mask, live)
+                            g = gs[i]
                             if z is not None:
-                                prefetch(z_near, rows_near, z_l, z_e, columns, BLOCK)
-                            if ADD_U:
-                                prefetch(du_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
-                            if ADD_DELTA:
-                                prefetch(dd_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
-                            if ADD_Z:
-                                prefetch(dz_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
-                            if AGAIN:
-                                prefetch(dbc_near, rows_near, 2 * GROUPS * STATES, 1, 2 * STATES, 2 * NI * NL)
-                            rows_near = steps_rows(order, span - SPAN + tl.arange(0, SPAN), bottom, top, WIDE)
-                        h = load_tile(kept + chunk * (STATES * CHANNELS) + own, only(own_mask, whole), EC, NI, NL, EL)
-                        if (borders is not None) & (initial is not None):
-                            start_at = initial + s * i_s + k64 * i_k + origin * i_e + (et * i_e + nt * i_n)
-                            h = h + load_tile(start_at, only(own_mask, chunk * CHUNK < first), EC, NI, NL, EL)
-                        trips = tl.cdiv(stop - span, UNROLL)
-                        skipped = (span - start) // UNROLL
-                        next_rows = trip_rows(order, start, stop, WIDE, UNROLL)
-                        for trip in range(skipped + trips):
-                            kept_at = scratch_at + tl.maximum(trip - skipped, 0) * TILE
-                            store_tile(kept_at, h, only(all_lanes, trip >= skipped), EC, NI, NL, EL, HINT)
-                            base = start + trip * UNROLL
-                            if PREFETCH & (WINDOW > 0):  # noqa: SIM102 - nothing else may be left where there is no prefetch
-                                if trip % (WINDOW // UNROLL) == 0:  # what is walked in the next window
-                                    far = base + WINDOW + tl.arange(0, WINDOW)
-                                    rows_near = steps_rows(order, far, bottom, stop, WIDE)
-                                    prefetch(u_near, rows_near, u_l, u_e, columns, BLOCK)
-                                    prefetch(d_near, rows_near, d_l, d_e, columns, BLOCK)
-                                    prefetch(b + b_shift, rows_near, b_l, b_n, STATES, NI * NL)
-                            rows = next_rows
-                            next_rows = trip_rows(order, base + UNROLL, stop, WIDE, UNROLL)
-                            seen = ()
-                            us = ()
-                            ds = ()
-                            bs = ()
-                            for i in tl.static_range(UNROLL):
-                                row = rows[i]
-                                live = base + i < stop
-                                e_mask = ev_mask
-                                n_mask = nv_mask
-                                if lengths is not None:
-                                    live = live & (row < limit)
-                                    e_mask = only(ev_mask, live)
-                                    n_mask = only(nv_mask, live)
-                                seen = seen + (live,)
-                                us = us + (load_vector(u_at + row * u_l, e_mask),)
-                                ds = ds + (load_vector(d_at + row * d_l, e_mask),)
-                                bs = bs + (load_vector(b_at + row * b_l, n_mask),)
-                            for i in tl.static_range(UNROLL):
-                                _raw, step = _activated(ds[i], bias_e, seen[i], bias is not None, SOFTPLUS)
-                                added = over_states(step * us[i]) * over_channels(bs[i])
-                                h = tl.exp2(over_states(step) * a2) * h + added
-                        after = h
-                        tl.debug_barrier()  # another lane may read back what this one wrote
-                        if PREFETCH & (WINDOW == 0):  # what the first walk of the next span reads
-                            prefetch(u_near, rows_near, u_l, u_e, columns, BLOCK)
-                            prefetch(d_near, rows_near, d_l, d_e, columns, BLOCK)
-                            prefetch(b + b_shift, rows_near, b_l, b_n, STATES, NI * NL)
-                            if SPAN < CHUNK:
-                                rows_far = steps_rows(order, span - 2 * SPAN + tl.arange(0, SPAN), bottom, top, WIDE)
-                                prefetch(u_near, rows_far, u_l, u_e, columns, BLOCK)
-                                prefetch(d_near, rows_far, d_l, d_e, columns, BLOCK)
-                                prefetch(b + b_shift, rows_far, b_l, b_n, STATES, NI * NL)
-                        next_rows = trip_rows(order, span + (trips - 1) * UNROLL, stop, WIDE, UNROLL)
-                        if EARLY:
-                            ahead = _read_trip(
-                                g_at,
-                                u_at,
-                                d_at,
-                                z_at,
-                                b_at,
-                                c_at,
-                                g_l,
-                                u_l,
-                                d_l,
-                                z_l,
-                                b_l,
-                                c_l,
-                                next_rows,
-                                span + (trips - 1) * UNROLL,
-                                stop,
-                                limit,
-                                ev_mask,
-                                nv_mask,
-                                z is not None,
-                                lengths is not None,
-                                UNROLL,
-                            )
-                        for trip_back in range(trips):
-                            trip = trips - 1 - trip_back
-                            base = span + trip * UNROLL
-                            if PREFETCH & (WINDOW > 0):
-                                if trip_back % (WINDOW // UNROLL) == 0:  # what is read in the next window
-                                    far = base + UNROLL - 2 * WINDOW + tl.arange(0, WINDOW)
-                                    rows_near = steps_rows(order, far, bottom, top, WIDE)
-                                    prefetch(g_near, rows_near, g_l, g_e, columns, BLOCK)
-                                    prefetch(c + c_shift, rows_near, c_l, c_n, STATES, NI * NL)
-                                    prefetch(u_near, rows_near, u_l, u_e, columns, BLOCK)
-                                    prefetch(d_near, rows_near, d_l, d_e, columns, BLOCK)
-                                    prefetch(b + b_shift, rows_near, b_l, b_n, STATES, NI * NL)
-                                    if z is not None:
-                                        prefetch(z_near, rows_near, z_l, z_e, columns, BLOCK)
-                                    if ADD_U:
-                                        prefetch(du_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
-                                    if ADD_DELTA:
-                                        prefetch(dd_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
-                                    if ADD_Z:
-                                        prefetch(dz_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
-                                    if AGAIN:
-                                        prefetch(dbc_near, rows_near, 2 * GROUPS * STATES, 1, 2 * STATES, 2 * NI * NL)
-                                if trip == WINDOW // UNROLL:  # what the next first walk begins with
-                                    far = tl.where(span == start, start - CHUNK, start) + tl.arange(0, WINDOW)
-                                    rows_near = steps_rows(order, far, bottom, top, WIDE)
-                                    prefetch(u_near, rows_near, u_l, u_e, columns, BLOCK)
-                                    prefetch(d_near, rows_near, d_l, d_e, columns, BLOCK)
-                                    prefetch(b + b_shift, rows_near, b_l, b_n, STATES, NI * NL)
-                            rows = next_rows
-                            next_rows = trip_rows(order, tl.maximum(base - UNROLL, span), stop, WIDE, UNROLL)
-                            h = load_tile(scratch_at + trip * TILE, all_lanes, EC, NI, NL, EL, HINT)
-                            if PREFETCH & (AHEAD > 0):
-                                prefetch_tile(scratch_near + tl.maximum(trip - AHEAD, 0) * TILE, TILE)
-                            if EARLY:
-                                seen, gs, us, ds, bs, cs, zs = ahead
-                                ahead = _read_trip(
-                                    g_at,
-                                    u_at,
-                                    d_at,
-                                    z_at,
-                                    b_at,
-                                    c_at,
-                                    g_l,
-                                    u_l,
-                                    d_l,
-                                    z_l,
-                                    b_l,
-                                    c_l,
-                                    next_rows,
-                                    tl.maximum(base - UNROLL, span),
-                                    stop,
-                                    limit,
-                                    ev_mask,
-                                    nv_mask,
-                                    z is not None,
-                                    lengths is not None,
-                                    UNROLL,
-                                )
-                            else:
-                                seen, gs, us, ds, bs, cs, zs = _read_trip(
-                                    g_at,
-                                    u_at,
-                                    d_at,
-                                    z_at,
-                                    b_at,
-                                    c_at,
-                                    g_l,
-                                    u_l,
-                                    d_l,
-                                    z_l,
-                                    b_l,
-                                    c_l,
-                                    rows,
-                                    base,
-                                    stop,
-                                    limit,
-                                    ev_mask,
-                                    nv_mask,
-                                    z is not None,
-                                    lengths is not None,
-                                    UNROLL,
-                                )
-                            raws = ()
-                            steps = ()
-                            before = ()
-                            for i in tl.static_range(UNROLL):
-                                raw, step = _activated(ds[i], bias_e, seen[i], bias is not None, SOFTPLUS)
-                                raws = raws + (raw,)
-                                steps = steps + (step,)
-                                before = before + (h,)
-                                if i < UNROLL - 1:
-                                    decayed = tl.exp2(over_states(step) * a2)
-                                    h = decayed * h + over_states(step * us[i]) * over_channels(bs[i])
-                            for i in tl.static_range(UNROLL - 1, -1, -1):
-                                live = base + i < stop
-                                row = rows[i] * CHANNELS
-                                mask = only(ev_mask, live)
-                                g = gs[i]
-                                if z is not None:
-                                    gate = sigmoid(zs[i])
-                                    y = sum_states(after * over_channels(cs[i]))
-                                    if skip is not None:
-                                        y = y + skip_e * us[i]
-                                    dz_t = g * y * gate * (1.0 + zs[i] * (1.0 - gate))
-                                    _emit(dz_t, dz_at + row, dz_sum_at + row, mask, k64, directions, ADD_Z)
-                                    g = g * zs[i] * gate
-                                step = steps[i]
-                                adjoint = adjoint + over_states(g) * over_channels(cs[i])
-                                db_t = sum_channels(over_states(step * us[i]) * adjoint)
-                                dc_t = sum_channels(over_states(g) * after)
-                                both = tl.join(db_t, dc_t)
-                                both_at = dbc_at + rows[i] * (2 * GROUPS * STATES)
-                                if AGAIN:  # add to what this program stored for an earlier block of channels
-                                    again = live & (block != block_program)
-                                    both = both + tl.load(both_at, mask=only(pair_mask, again), other=0.0)
-                                tl.store(both_at, both, mask=only(pair_mask, live))
-                                along_b = sum_states(adjoint * over_channels(bs[i]))
-                                # `nothing` is zero, but unknown: a second exponential instead of a register
-                                adjoint = adjoint * tl.exp2(over_states(step + nothing) * a2)
-                                after = before[i]
-                                flow = adjoint * after
-                                a_sum = a_sum + over_states(step) * flow
-                                du_t = step * along_b
+                                gate = sigmoid(zs[i])
+                                y = sum_states(after * over_channels(cs[i]))
                                 if skip is not None:
-                                    du_t = du_t + skip_e * g
-                                    skip_sum = skip_sum + g * us[i]
-                                dd_t = sum_states(flow * a2) * LN2 + us[i] * along_b
-                                if SOFTPLUS:
-                                    dd_t = dd_t * sigmoid(raws[i])
-                                dd_t = tl.where(seen[i], dd_t, 0.0)
-                                bias_sum = bias_sum + dd_t
-                                _emit(du_t, du_at + row, du_sum_at + row, mask, k64, directions, ADD_U)
-                                _emit(dd_t, dd_at + row, dd_sum_at + row, mask, k64, directions, ADD_DELTA)
-                        tl.debug_barrier()  # the next span overwrites the scratch tiles
+                                    y = y + skip_e * us[i]
+                                dz_t = g * y * gate * (1.0 + zs[i] * (1.0 - gate))
+                                _emit(dz_t, dz_at + row, dz_sum_at + row, mask, k64, directions, ADD_Z)
+                                g = g * zs[i] * gate
+                            step = steps[i]
+                            adjoint = adjoint + over_states(g) * over_channels(cs[i])
+                            db_t = sum_channels(over_states(step * us[i]) * adjoint)
+                            dc_t = sum_channels(over_states(g) * after)
+                            both = tl.join(db_t, dc_t)
+                            both_at = dbc_at + rows[i] * (2 * GROUPS * STATES)
+                            if AGAIN:  # add to what this program stored for an earlier block of channels
+                                again = live & (block != block_program)
+                                both = both + tl.load(both_at, mask=only(pair_mask, again), other=0.0)
+                            tl.store(both_at, both, mask=only(pair_mask, live))
+                            along_b = sum_states(adjoint * over_channels(bs[i]))
+                            # `nothing` is zero, but unknown: a second exponential instead of a register
+                            adjoint = adjoint * tl.exp2(over_states(step + nothing) * a2)
+                            after = before[i]
+                            flow = adjoint * after
+                            a_sum = a_sum + over_states(step) * flow
+                            du_t = step * along_b
+                            if skip is not None:
+                                du_t = du_t + skip_e * g
+                                skip_sum = skip_sum + g * us[i]
+                            dd_t = sum_states(flow * a2) * LN2 + us[i] * along_b
+                            if SOFTPLUS:
+                                dd_t = dd_t * sigmoid(raws[i])
+                            dd_t = tl.where(seen[i], dd_t, 0.0)
+                            bias_sum = bias_sum + dd_t
+                            _emit(du_t, du_at + row, du_sum_at + row, mask, k64, directions, ADD_U)
+                            _emit(dd_t, dd_at + row, dd_sum_at + row, mask, k64, directions, ADD_DELTA)
+                    tl.debug_barrier()  # the next chunk overwrites the scratch tiles
                 if dinitial is not None:
                     first_at = dinitial + (sk * CHANNELS + origin) * STATES + (et * STATES + nt)
                     store_tile(first_at, adjoint, only(own_mask, segment == 0), EC, NI, NL, EL)

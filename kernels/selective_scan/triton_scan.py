@@ -38,10 +38,6 @@ _BACKWARD_REGISTERS = 168  # twelve programs on a multiprocessor are worth some 
 _FORWARD_ENOUGH, _BACKWARD_ENOUGH = 4, 6  # programs per multiprocessor from which on time is not split
 _WANTED = 16  # programs per multiprocessor to aim at when it is
 _SEGMENT_CHUNKS = 4  # shortest segment worth its second pass
-_AHEAD = 0
-_HINT = 0
-_EARLY = False
-_BACKWARD_WINDOW = 8
 _PARTIAL_BYTES = 4  # bytes of partial dB and dC per token and channel to stay under where the device stays full
 
 
@@ -242,7 +238,6 @@ def scan_backward(
     unroll: int | None = None,
     segments: int | None = None,
     block_programs: int | None = None,
-    span: int | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `scan_forward`.
 
@@ -264,7 +259,6 @@ def scan_backward(
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tile = backward_tile(states, block_e, state_lanes)
     unroll = unroll or 2
-    span = min(chunk, span or chunk)
     group_blocks = tile.blocks(channels // groups)
     if block_programs is None:
         block_programs = _block_programs(group_blocks, groups, channels, states)
@@ -346,7 +340,7 @@ def scan_backward(
                 first_steps=first_steps(orders, cu_seqlens, length, directions),
                 borders=cu_seqlens,
                 carry=carry,
-                scratch=new(programs, span // unroll, tile.channels * tile.NI * tile.NL),
+                scratch=new(programs, chunk // unroll, tile.channels * tile.NI * tile.NL),
                 du=per_token[0].final,
                 ddelta=per_token[1].final,
                 dz=per_token[2].final,
@@ -378,11 +372,6 @@ def scan_backward(
                 ADD_Z=per_token[2].in_turn,
                 PREFETCH=compiled_for_nvidia(u.device.type),
                 AGAIN=block_programs < group_blocks,
-                AHEAD=_AHEAD,
-                WINDOW=_BACKWARD_WINDOW,
-                HINT=_HINT,
-                EARLY=_EARLY,
-                SPAN=span,
             )
     du, ddelta, dz = (x.result() for x in per_token)
     dA = _sum(da, A.shape[0]).transpose(-1, -2).to(A.dtype).contiguous()

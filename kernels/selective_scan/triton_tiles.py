@@ -81,14 +81,20 @@ def tile_offsets(STRIDE: tl.constexpr, EC: tl.constexpr, NI: tl.constexpr, NL: t
 
 
 @triton.jit
-def private_offsets(EC: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr):
-    """Offsets of a tile that only one program sees, (EC, NI, NL * EL): the lanes of an access are neighbours."""
-    V: tl.constexpr = min(NI, 4)
-    state = tl.arange(0, NI)
-    state = (state // V) * (V * NL * EL) + state % V
-    lane = tl.arange(0, NL * EL) * V
-    offsets = lane[None, None, :] + (tl.arange(0, EC)[:, None] * (NI * NL * EL) + state[None, :])[:, :, None]
-    return tl.max_contiguous(offsets, [1, V, 2])
+def private_offsets(zero, EC: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr):
+    """Offsets of a tile that only one program sees: the lanes of an access are neighbours.
+
+    Where a lane holds at least four states, four are one access, of 16 bytes, and the shape is (EC * NI / 4, 4,
+    NL * EL); else it is the usual (EC, NI, NL * EL). The 2 claimed of the lanes is below that 4, so no access follows
+    it; it only tells the compiler to give the lanes of the warp to that axis.
+    """
+    if NI % 4 == 0:
+        fours = tl.arange(0, EC * NI // 4)[:, None] * (4 * NL * EL) + tl.arange(0, 4)[None, :]
+        lane = tl.arange(0, NL * EL) * 4
+        offsets = tl.max_contiguous(fours[:, :, None] + lane[None, None, :], [1, 4, 2])
+    else:
+        offsets = tile_offsets(EC * EL, EC, NI, NL, EL) + zero
+    return offsets
 
 
 @triton.jit
@@ -116,26 +122,14 @@ def only(mask, condition):
 
 
 @triton.jit
-def load_tile(
-    pointers, mask, EC: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr, HINT: tl.constexpr = 0
-):
+def load_tile(pointers, mask, EC: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr):
     """(EC, NI, NL * EL) pointers -> float32 tile (EC, NI, NL, EL), zero where masked."""
-    if HINT:
-        values = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_last")
-    else:
-        values = tl.load(pointers, mask=mask, other=0.0)
-    return tl.reshape(values.to(tl.float32), [EC, NI, NL, EL])
+    return tl.reshape(tl.load(pointers, mask=mask, other=0.0).to(tl.float32), [EC, NI, NL, EL])
 
 
 @triton.jit
-def store_tile(
-    pointers, tile, mask, EC: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr, HINT: tl.constexpr = 0
-):
-    values = tl.reshape(tile, [EC, NI, NL * EL]).to(pointers.dtype.element_ty)
-    if HINT:
-        tl.store(pointers, values, mask=mask, eviction_policy="evict_last")
-    else:
-        tl.store(pointers, values, mask=mask)
+def store_tile(pointers, tile, mask, EC: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr):
+    tl.store(pointers, tl.reshape(tile, [EC, NI, NL * EL]).to(pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
