@@ -288,8 +288,7 @@ def scan_backward(
     per_token = [_Summed(x, directions, plan.direction_programs) for x in (u, delta, z)]
     new = functools.partial(u.new_empty, dtype=torch.float32)
     da = new(work_programs, directions, states, channels)
-    db = new(block_programs, batch, directions, length, groups, states)
-    dc = torch.empty_like(db)
+    dbc = new(block_programs, batch, directions, length, groups, states, 2)
     dskip = None if D is None else new(work_programs, directions, channels)
     dbias = None if delta_bias is None else new(work_programs, directions, channels)
     dinitial = None if initial_state is None else new(sequences, directions, channels, states)
@@ -325,7 +324,7 @@ def scan_backward(
                 "CHANNELS": channels,
                 "GROUP_CHANNELS": channels // groups,
                 "STATES": states,
-                "WIDE": wide(u, delta, B, C, z, g, db),
+                "WIDE": wide(u, delta, B, C, z, g, dbc),
                 "CHUNK": chunk,
                 "UNROLL": unroll,
                 **vars(tile),
@@ -360,8 +359,7 @@ def scan_backward(
                 ddelta_sum=per_token[1].partial,
                 dz_sum=per_token[2].partial,
                 da=da,
-                db=db,
-                dc=dc,
+                dbc=dbc,
                 dskip=dskip,
                 dbias=dbias,
                 dinitial=dinitial,
@@ -384,10 +382,12 @@ def scan_backward(
                 ADD_DELTA=per_token[1].in_turn,
                 ADD_Z=per_token[2].in_turn,
                 PREFETCH=compiled_for_nvidia(u.device.type),
+                AGAIN=block_programs < group_blocks,
             )
     du, ddelta, dz = (x.result() for x in per_token)
     dA = _sum(da, A.shape[0]).transpose(-1, -2).to(A.dtype).contiguous()
-    dB, dC = (_sum(part, x.shape[1], 1).to(x.dtype) for part, x in ((db, B), (dc, C)))
+    dbc = dbc[0] if block_programs == 1 else dbc.sum(0)
+    dB, dC = (_sum(part[None], x.shape[1], 1).to(x.dtype).contiguous() for part, x in zip(dbc.unbind(-1), (B, C)))
     dD = None if D is None else _sum(dskip, D.shape[0]).to(D.dtype)
     ddelta_bias = None if delta_bias is None else _sum(dbias, delta_bias.shape[0]).to(delta_bias.dtype)
     dinitial = None if dinitial is None else dinitial.to(initial_state.dtype)
