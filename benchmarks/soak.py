@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,13 +110,13 @@ def train(soak: Soak, needed: Future | None, threads: int) -> Soak:
 
 
 def run_all(soaks: list[Soak], at_once: int) -> Iterator[Soak]:
-    """Run them, at most ``at_once`` side by side; each is handed out in its turn."""
+    """Run them, at most ``at_once`` side by side; each is handed out when it has ended."""
     threads = max(1, (os.cpu_count() or 1) // at_once)
     pool, ended = ThreadPoolExecutor(at_once), {}
     try:
         for soak in soaks:  # what a run needs is begun before it, so that no run waits for one that cannot begin
             ended[soak.name] = pool.submit(train, soak, ended.get(soak.needs), threads)
-        for future in ended.values():
+        for future in as_completed(ended.values()):
             yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
@@ -159,11 +159,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--steps {args.steps} --parts {args.parts} --at-once {args.at_once}: expected whole numbers from 1 on, "
             "and steps in equal parts"
         )
-    soaks = []
-    for soak in run_all(plan(args), args.at_once):
-        soaks.append(soak)
+    soaks, ended = plan(args), []
+    for soak in run_all(soaks, args.at_once):
+        ended.append(soak.name)
         print(f"{soak.name}: {soak.error or 'ended as planned'}", flush=True)
-        write_text(args.out / "soak.md", table(soaks, args.parts, args.steps, args.mixed_precision))
+        shown = [soak for soak in soaks if soak.name in ended]
+        write_text(args.out / "soak.md", table(shown, args.parts, args.steps, args.mixed_precision))
     print(f"table     {args.out / 'soak.md'}")
     return int(any(soak.error for soak in soaks))
 
