@@ -133,12 +133,15 @@ class MaskedImagePipeline(CodePipeline):
         if cuda_graph:
             self._graphs = graphs_for(self.model, codes.shape, condition, kept)
 
-        self.scheduler.set_timesteps(num_inference_steps, choice_temperature, device)
+        # On the CPU, and all random numbers at once: no step waits for the GPU.
+        self.scheduler.set_timesteps(num_inference_steps, choice_temperature)
+        uniform = draw_uniform((num_images, 2 * num_inference_steps * codes.shape[1]), generator, device)
+        uniform = uniform.view(num_images, num_inference_steps, 2, -1)
         with self.progress_bar(total=num_inference_steps) as bar:
             for i, t in enumerate(self.scheduler.timesteps):
                 logits = self._predict(codes, condition, float(scales[i]), guided)  # (B, T, V)
                 logits = filter_logits(logits / sampling.temperature, top_k, top_p)
-                codes = self._step(logits, i, codes, shares, generator)
+                codes = self._step(logits, i, codes, shares, uniform[:, i])
                 if callback_on_step_end is not None:
                     given = dict.fromkeys(callback_on_step_end_tensor_inputs, codes)
                     codes = (callback_on_step_end(self, i, t, given) or {}).get("codes", codes)
@@ -178,28 +181,27 @@ class MaskedImagePipeline(CodePipeline):
         return null + scale * (conditional - null)
 
     def _step(
-        self, logits: torch.Tensor, step: int, codes: torch.Tensor, shares: torch.Tensor, generator: Generators
+        self, logits: torch.Tensor, step: int, codes: torch.Tensor, shares: torch.Tensor, uniform: torch.Tensor
     ) -> torch.Tensor:
         """``AmusedScheduler.step`` for all images at once, each with its own random numbers and share of masked codes.
 
         The scheduler's own takes one generator and one share for a whole batch; called image by image it launches
-        some twenty operations for each.
+        some twenty operations for each. ``uniform`` (B, 2, T) draws the codes and chooses what stays unmasked.
         """
         config, steps, tokens = self.scheduler.config, len(self.scheduler.timesteps), codes.shape[1]
         masked = codes == config.mask_token_id  # (B, T)
-        draw, choice = draw_uniform((len(codes), 2 * tokens), generator, codes.device).chunk(2, dim=1)
         probabilities = logits.softmax(dim=-1)
-        drawn = invert_cdf(probabilities.flatten(0, 1), draw.flatten()).view_as(codes)
+        drawn = invert_cdf(probabilities.flatten(0, 1), uniform[:, 0].flatten()).view_as(codes)
         chosen = torch.where(masked, drawn, codes)
         if step == steps - 1:
             return chosen
-        ratio = torch.tensor((step + 1) / steps, device=codes.device)
+        ratio = torch.tensor((step + 1) / steps)
         left = torch.cos(ratio * math.pi / 2) if config.masking_schedule == "cosine" else 1 - ratio
         count = masked.sum(dim=1)
         # As many as the schedule says, at least one, but fewer than before; an image without masked codes stays so.
         again = torch.minimum((tokens * (shares * left)).floor(), count - 1).clamp(min=1).where(count > 0, 0)
         sure = probabilities.gather(-1, drawn[..., None])[..., 0].clamp(min=1e-20).log()
-        noise = -torch.log((-torch.log(choice.clamp(min=1e-20))).clamp(min=1e-20))  # Gumbel
+        noise = -torch.log((-torch.log(uniform[:, 1].clamp(min=1e-20))).clamp(min=1e-20))  # Gumbel
         sure = (sure + self.scheduler.temperatures[step] * noise).masked_fill(~masked, math.inf)
         rank = sure.argsort(dim=1, stable=True).argsort(dim=1)
         return chosen.masked_fill(rank < again[:, None], config.mask_token_id)

@@ -340,14 +340,14 @@ class TextToMotionPipeline(MotionConditions, DenoisingPipeline):
         ``predict(x, time)`` replaces the denoiser's guided prediction.
         """
         device = noise.device
-        timesteps, times = set_times(self.scheduler, steps, device)
+        timesteps, times = set_times(self.scheduler, steps)
         latents = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
         self._num_timesteps = len(timesteps)
         arguments = self._step_arguments(generator)
         if self.vae is None and predict is None:
             counts = {"lengths": torch.tensor(lengths, device=device)}
             condition, null = condition | counts, null | counts if null else null
-        self._begin_graphs(noise.shape, condition)
+        self._begin_evaluations(noise.shape, condition)
         clean = CleanView(self.scheduler)
         with self.progress_bar(total=len(timesteps)) as bar:
             for i, (t, time) in enumerate(zip(timesteps, times)):

@@ -81,7 +81,7 @@ def test_steps_are_those_of_the_scheduler(schedule: str) -> None:
     shares = (codes == 32).float().mean(dim=1)
     scheduler.set_timesteps(6, (0.0, 0.0))
     for step, t in enumerate(scheduler.timesteps):
-        after = pipe._step(logits, step, codes, shares, None)
+        after = pipe._step(logits, step, codes, shares, torch.rand(5, 2, 16, generator=generator))
         for i in range(4):
             expected = scheduler.step(logits[i : i + 1], t, codes[i : i + 1], shares[i].item()).prev_sample[0]
             assert torch.equal(after[i] == 32, expected == 32)
