@@ -72,6 +72,7 @@ class Run:
     ema: EMA | None = None  # of its parameters
     shown: EMA | None = None  # of the model's: the same average, or its whole copy
     optimizer: Any = None
+    skips: bool = False  # whether the optimiser leaves a step out that it is told of on the device
     lr_scheduler: Any = None
     evaluation: Evaluation | None = None
 
@@ -82,6 +83,16 @@ class Run:
     @property
     def model(self) -> torch.nn.Module:
         return self.task.model
+
+
+@dataclass
+class Step:
+    """A step whose gradient nobody has looked at yet."""
+
+    number: int
+    parts: list[dict]
+    draws: dict[str, torch.Tensor]
+    finite: torch.Tensor
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -141,6 +152,8 @@ def prepare(run: Run, *, sharded: bool = False) -> None:
     run.lr_scheduler = get_scheduler(
         course, optimizer, num_warmup_steps=train.lr_warmup_steps, num_training_steps=train.max_train_steps
     )
+    # A fused step can be left out by the device itself: the gradient's norm is read a step later, without waiting.
+    run.skips = optimizer.defaults["fused"] and accelerator.scaler is None and not sharded
     run.ema = EMA(model, train.ema_decay) if train.ema_decay else None
     run.shown = EMA(run.model, train.ema_decay) if run.ema is not None and sharded else run.ema
     run.pipeline = run.task.build_pipeline()
@@ -229,6 +242,10 @@ def train(run: Run, start: int, stop: StopRequest, *, quiet: bool) -> int:
         device=accelerator.device,
         num_workers=run.config.data.num_workers,
     )
+    reading = (  # steps between those whose numbers or weights leave the loop
+        run.config.log.log_every, run.config.log.sample_every, config.checkpointing_steps,
+        run.config.evaluate.every if run.evaluation is not None else 0,
+    )  # fmt: skip
     log = MetricsLog(
         run.path,
         start,
@@ -238,6 +255,7 @@ def train(run: Run, start: int, stop: StopRequest, *, quiet: bool) -> int:
         tracker=accelerator if accelerator.trackers else None,
     )
     window, steps, overflows = torch.zeros((), device=accelerator.device), 0, 0
+    unseen: Step | None = None
     for step in range(start + 1, config.max_train_steps + 1):
         draws = draw_step(run, step)
         parts = [next(batches) for _ in range(shares.parts)]
@@ -247,9 +265,16 @@ def train(run: Run, start: int, stop: StopRequest, *, quiet: bool) -> int:
                 accelerator.backward(loss)
             window += loss.detach()
         norm = whole(accelerator.clip_grad_norm_(run.trained.parameters(), config.max_grad_norm or math.inf))
-        overflows = 0 if bool(torch.isfinite(norm)) else overflows + 1
-        if overflows and (accelerator.scaler is None or overflows > OVERFLOWS_IN_A_ROW):
-            raise NonFiniteError(explain(run, step, parts, draws))
+        settle(run, unseen)
+        unseen = Step(step, parts, draws, torch.isfinite(norm))
+        if accelerator.scaler is not None:
+            overflows = 0 if bool(unseen.finite) else overflows + 1
+            unseen = unseen if overflows > OVERFLOWS_IN_A_ROW else None
+        if not run.skips or step == config.max_train_steps or any(every and step % every == 0 for every in reading):
+            settle(run, unseen)
+            unseen = None
+        else:
+            run.optimizer.optimizer.found_inf = (~unseen.finite).float()
         run.optimizer.step()
         run.lr_scheduler.step()
         run.optimizer.zero_grad(set_to_none=True)
@@ -265,6 +290,8 @@ def train(run: Run, start: int, stop: StopRequest, *, quiet: bool) -> int:
             log.write(step, loss=mean, grad_norm=norm.item(), **rates(run, step, log))
             window, steps = torch.zeros_like(window), 0
         ending = stop.agreed(step) or last
+        if ending:
+            settle(run, unseen)
         with log.pause():
             if run.config.log.sample_every and (step % run.config.log.sample_every == 0 or last):
                 log.picture(step, sample(run, step))
@@ -277,6 +304,16 @@ def train(run: Run, start: int, stop: StopRequest, *, quiet: bool) -> int:
             break
     log.close()
     return step
+
+
+def settle(run: Run, step: Step | None) -> None:
+    """Look whether the gradient of a step was finite, which waits until the device has come so far.
+
+    Raises:
+        NonFiniteError: it was not; says where that began.
+    """
+    if step is not None and not bool(step.finite):
+        raise NonFiniteError(explain(run, step.number, step.parts, step.draws))
 
 
 def rates(run: Run, step: int, log: MetricsLog) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The device of command lines: ``--device``, checked before anything long begins, and whether the CPU is meant."""
+"""Devices: ``--device`` of command lines, checked before anything long begins; whether the CPU is meant; copies."""
 
 import argparse
 
@@ -35,3 +35,11 @@ def means_cpu(device: str | None = None) -> bool:
         device: what ``--device`` says, if anything.
     """
     return device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on ``device``, without the CPU waiting for what a CUDA device still has to do.
+
+    CUDA puts memory that is not pinned aside before it goes on; what other kinds of devices read later, they wait for.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
