@@ -1,12 +1,12 @@
-"""Weak scaling: the same training on 1, 2, ... processes, each with as many images, and how busy the GPUs are.
+"""Weak scaling: the same training on 1, 2, ... processes, each with as many items, and how busy the GPUs are.
 
     python -m benchmarks.scaling --config configs/zigma/celebahq_256.yaml --processes 1 2 --per-process 20
     python -m benchmarks.scaling --config configs/debug/zigma.yaml --processes 1 2 --steps 20     on a CPU, with gloo
 
 Every row is ``train.py`` under torch's launcher, in a folder of its own, OUT/N: data loading, optimiser, averages of
-weights and exchange of gradients included, no samples. Images per second are the mean over the second half of the
-steps. "Times" is against the first row; N processes that do not hinder each other reach N. "Busy" is the share of time
-in which a kernel was running, as nvidia-smi reports it, mean of all GPUs in the same half.
+weights and exchange of gradients included, no samples. Items (images, clips, codes) per second are the mean over the
+second half of the steps. "Times" is against the first row; N processes that do not hinder each other reach N. "Busy" is
+the share of time in which a kernel was running, as nvidia-smi reports it, mean of all GPUs in the same half.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from genssm.kernels.benchmarking import print_table
 ROOT = Path(__file__).resolve().parent.parent
 # What `accelerate launch --config_file configs/accelerate/fsdp2.yaml` sets.
 STRATEGIES = {"ddp": {}, "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
-HEAD = ("processes", "images a step", "images/s", "times", "busy %", "GiB")
+HEAD = ("processes", "items a step", "items/s", "times", "busy %", "GiB")
 LINES = 10  # of the log of a run
 
 
@@ -42,7 +42,7 @@ class Row:
 
     processes: int
     batch: int
-    images_per_second: float
+    rate: float  # items per second
     busy: float
     memory: float
 
@@ -64,6 +64,11 @@ def logged(run: Path) -> list[dict]:
     file = run / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def per_second(line: dict) -> float:
+    """The rate in a line of the log, whatever its items are called."""
+    return next(number for name, number in line.items() if name.endswith("_per_second"))
 
 
 def measure(processes: int, folder: Path, args: argparse.Namespace) -> Row:
@@ -98,7 +103,7 @@ def measure(processes: int, folder: Path, args: argparse.Namespace) -> Row:
             raise ValueError(f"training with {processes} processes failed:\n" + "\n".join(reason))
     last = logged(folder)[LINES // 2 :]
     # Windows hold as many steps each: their mean rate is the harmonic one.
-    rate = len(last) / sum(1 / line["images_per_second"] for line in last)
+    rate = len(last) / sum(1 / per_second(line) for line in last)
     mean = sum(busy) / len(busy) if busy else float("nan")
     return Row(processes, batch, rate, mean, max(line.get("memory_gib", float("nan")) for line in last))
 
@@ -110,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
     parser.add_argument("--per-process", type=int, metavar="N",
-                        help="images of a process (default: the config's train_batch_size)")  # fmt: skip
+                        help="items of a process (default: the config's train_batch_size)")  # fmt: skip
     parser.add_argument("--steps", type=int, default=100, metavar="N", help=f"of each run, a multiple of {LINES}")
     parser.add_argument("--strategy", choices=STRATEGIES, default="ddp", help="default: ddp")
     parser.add_argument("--out", type=Path, help="folder for the runs (default: a temporary one)")
@@ -135,10 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = []
         for processes in args.processes:
             rows.append(measure(processes, out / str(processes), args))
-            print(f"{processes} processes: {rows[-1].images_per_second:,.1f} images/s", flush=True)
+            print(f"{processes} processes: {rows[-1].rate:,.1f} items/s", flush=True)
     cells = [
-        (f"{row.processes}", f"{row.batch}", f"{row.images_per_second:,.1f}",
-         f"{row.images_per_second / rows[0].images_per_second:.2f}", f"{row.busy:.0f}" if row.busy == row.busy else "-",
+        (f"{row.processes}", f"{row.batch}", f"{row.rate:,.1f}",
+         f"{row.rate / rows[0].rate:.2f}", f"{row.busy:.0f}" if row.busy == row.busy else "-",
          f"{row.memory:.1f}" if row.memory == row.memory else "-")
         for row in rows
     ]  # fmt: skip

@@ -18,10 +18,10 @@ def test_two_processes_do_twice_the_work(tmp_path: Path) -> None:
     scaling.main([*DEBUG, *options])
     with (tmp_path / "t.csv").open() as file:
         one, two = csv.DictReader(file)
-    assert (one["processes"], one["images a step"], one["times"]) == ("1", "8", "1.00")
-    assert (two["processes"], two["images a step"]) == ("2", "16")
+    assert (one["processes"], one["items a step"], one["times"]) == ("1", "8", "1.00")
+    assert (two["processes"], two["items a step"]) == ("2", "16")
     assert float(two["times"]) == pytest.approx(
-        float(two["images/s"].replace(",", "")) / float(one["images/s"].replace(",", "")), abs=0.02
+        float(two["items/s"].replace(",", "")) / float(one["items/s"].replace(",", "")), abs=0.02
     )
     for processes in (1, 2):  # one training of both, not two side by side
         lines = scaling.logged(tmp_path / "runs" / str(processes))
@@ -32,6 +32,10 @@ def test_lines_that_are_being_written_do_not_count(tmp_path: Path) -> None:
     assert scaling.logged(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
     assert scaling.logged(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+def test_items_have_many_names() -> None:
+    assert scaling.per_second({"step": 1, "loss": 0.5, "clips_per_second": 7.0, "memory_gib": 1.0}) == 7.0
 
 
 def test_busy_as_the_tool_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
