@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
@@ -29,7 +28,7 @@ from tqdm import tqdm
 from genssm import env, motion_samples
 from genssm.data.video import FORMATS as VIDEO_FORMATS
 from genssm.data.video import Clip, write_clip
-from genssm.devices import device_option
+from genssm.devices import device_option, means_cpu
 from genssm.errors import cli
 from genssm.kernels import dispatch
 from genssm.metrics.generated import sampler_settings
@@ -302,9 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     args = parse_args(arguments)
     folder = resolve_pipeline(args.model)
-    # accelerate joins processes on the CPU only when told that the CPU is meant.
-    use_cpu = args.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=use_cpu)
+    state = PartialState(cpu=means_cpu(args.device))
     device = torch.device(args.device) if args.device and state.num_processes == 1 else state.device
     pipe = load(folder, args, device)
     texts = choose_texts(pipe, args)

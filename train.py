@@ -24,8 +24,10 @@ from diffusers.optimization import get_scheduler
 
 from genssm.config import RunConfig, describe_keys, dump_config, load_config
 from genssm.data.loading import Shares, training_batches
+from genssm.devices import means_cpu
 from genssm.env import device_name, versions
 from genssm.errors import cli
+from genssm.graphs import TrainingGraphs
 from genssm.layers import parameter_groups
 from genssm.tasks import Task, build_task
 from genssm.training.checkpoint import (
@@ -37,7 +39,7 @@ from genssm.training.checkpoint import (
     save_checkpoint,
     write_text,
 )  # fmt: skip
-from genssm.training.checks import check_numbers, claim_run_folder, flat_config
+from genssm.training.checks import check_cuda_graph, check_numbers, claim_run_folder, flat_config
 from genssm.training.ema import EMA
 from genssm.training.evaluation import Evaluation
 from genssm.training.guard import NonFiniteError, explain_nonfinite
@@ -66,9 +68,11 @@ class Run:
     sharded: bool = False
     trained: torch.nn.Module | None = None  # what is optimised: the task's learner, or a sharded copy of it
     wrapped: torch.nn.Module | None = None  # it, as accelerate runs it
+    stepped: Any = None  # that, or its recorded passes: what a training step calls
     ema: EMA | None = None  # of its parameters
     shown: EMA | None = None  # of the model's: the same average, or its whole copy
     optimizer: Any = None
+    skips: bool = False  # whether the optimiser leaves a step out that it is told of on the device
     lr_scheduler: Any = None
     evaluation: Evaluation | None = None
 
@@ -79,6 +83,16 @@ class Run:
     @property
     def model(self) -> torch.nn.Module:
         return self.task.model
+
+
+@dataclass
+class Step:
+    """A step whose gradient nobody has looked at yet."""
+
+    number: int
+    parts: list[dict]
+    draws: dict[str, torch.Tensor]
+    finite: torch.Tensor
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -102,7 +116,10 @@ def build(config: RunConfig, accelerator: Accelerator) -> Run:
     shares = Shares(
         train.train_batch_size, train.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index
     )
-    return Run(config, accelerator, shares, build_task(config, accelerator.device))
+    task = build_task(config, accelerator.device)
+    if train.cuda_graph:
+        check_cuda_graph(config, task.recordable, accelerator.device, accelerator.num_processes)
+    return Run(config, accelerator, shares, task)
 
 
 def prepare(run: Run, *, sharded: bool = False) -> None:
@@ -135,6 +152,8 @@ def prepare(run: Run, *, sharded: bool = False) -> None:
     run.lr_scheduler = get_scheduler(
         course, optimizer, num_warmup_steps=train.lr_warmup_steps, num_training_steps=train.max_train_steps
     )
+    # A fused step can be left out by the device itself: the gradient's norm is read a step later, without waiting.
+    run.skips = optimizer.defaults["fused"] and accelerator.scaler is None and not sharded
     run.ema = EMA(model, train.ema_decay) if train.ema_decay else None
     run.shown = EMA(run.model, train.ema_decay) if run.ema is not None and sharded else run.ema
     run.pipeline = run.task.build_pipeline()
@@ -144,6 +163,7 @@ def prepare(run: Run, *, sharded: bool = False) -> None:
         run.optimizer = accelerator.prepare(optimizer)
     else:
         run.wrapped, run.optimizer = accelerator.prepare(run.trained, optimizer)
+    run.stepped = TrainingGraphs(run.wrapped, run.trained.parameters()) if train.cuda_graph else run.wrapped
     run.feed = run.task.feed()
 
 
@@ -176,7 +196,7 @@ def draw_step(run: Run, step: int) -> dict[str, torch.Tensor]:
     return run.task.random_numbers(run.shares.batch_size, generator)
 
 
-def part_loss(run: Run, model: torch.nn.Module, step: int, part: int, batch: dict, draws: dict) -> torch.Tensor:
+def part_loss(run: Run, model: Any, step: int, part: int, batch: dict, draws: dict) -> torch.Tensor:
     """Mean loss of one process's part of a step."""
     own = run.shares.slice(part)
     seed_globals(run.config.train.seed, "dropout", step, part, run.shares.rank)
@@ -222,6 +242,10 @@ def train(run: Run, start: int, stop: StopRequest, *, quiet: bool) -> int:
         device=accelerator.device,
         num_workers=run.config.data.num_workers,
     )
+    reading = (  # steps between those whose numbers or weights leave the loop
+        run.config.log.log_every, run.config.log.sample_every, config.checkpointing_steps,
+        run.config.evaluate.every if run.evaluation is not None else 0,
+    )  # fmt: skip
     log = MetricsLog(
         run.path,
         start,
@@ -231,18 +255,26 @@ def train(run: Run, start: int, stop: StopRequest, *, quiet: bool) -> int:
         tracker=accelerator if accelerator.trackers else None,
     )
     window, steps, overflows = torch.zeros((), device=accelerator.device), 0, 0
+    unseen: Step | None = None
     for step in range(start + 1, config.max_train_steps + 1):
         draws = draw_step(run, step)
         parts = [next(batches) for _ in range(shares.parts)]
         for part, batch in enumerate(parts):
             with accumulate(run, last=part == shares.parts - 1):
-                loss = part_loss(run, run.wrapped, step, part, batch, draws) / shares.parts
+                loss = part_loss(run, run.stepped, step, part, batch, draws) / shares.parts
                 accelerator.backward(loss)
             window += loss.detach()
         norm = whole(accelerator.clip_grad_norm_(run.trained.parameters(), config.max_grad_norm or math.inf))
-        overflows = 0 if bool(torch.isfinite(norm)) else overflows + 1
-        if overflows and (accelerator.scaler is None or overflows > OVERFLOWS_IN_A_ROW):
-            raise NonFiniteError(explain(run, step, parts, draws))
+        settle(run, unseen)
+        unseen = Step(step, parts, draws, torch.isfinite(norm))
+        if accelerator.scaler is not None:
+            overflows = 0 if bool(unseen.finite) else overflows + 1
+            unseen = unseen if overflows > OVERFLOWS_IN_A_ROW else None
+        if not run.skips or step == config.max_train_steps or any(every and step % every == 0 for every in reading):
+            settle(run, unseen)
+            unseen = None
+        else:
+            run.optimizer.optimizer.found_inf = (~unseen.finite).float()
         run.optimizer.step()
         run.lr_scheduler.step()
         run.optimizer.zero_grad(set_to_none=True)
@@ -258,6 +290,8 @@ def train(run: Run, start: int, stop: StopRequest, *, quiet: bool) -> int:
             log.write(step, loss=mean, grad_norm=norm.item(), **rates(run, step, log))
             window, steps = torch.zeros_like(window), 0
         ending = stop.agreed(step) or last
+        if ending:
+            settle(run, unseen)
         with log.pause():
             if run.config.log.sample_every and (step % run.config.log.sample_every == 0 or last):
                 log.picture(step, sample(run, step))
@@ -270,6 +304,16 @@ def train(run: Run, start: int, stop: StopRequest, *, quiet: bool) -> int:
             break
     log.close()
     return step
+
+
+def settle(run: Run, step: Step | None) -> None:
+    """Look whether the gradient of a step was finite, which waits until the device has come so far.
+
+    Raises:
+        NonFiniteError: it was not; says where that began.
+    """
+    if step is not None and not bool(step.finite):
+        raise NonFiniteError(explain(run, step.number, step.parts, step.draws))
 
 
 def rates(run: Run, step: int, log: MetricsLog) -> dict[str, float]:
@@ -369,6 +413,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tracker = None if config.log.report_to == "none" else config.log.report_to
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(
+        cpu=means_cpu(),
         mixed_precision=config.train.mixed_precision,
         log_with=tracker,
         project_dir=config.train.output_dir,

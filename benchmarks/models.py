@@ -1,13 +1,16 @@
 """Time and memory of whole denoisers beside a diffusion transformer of the same width, depth and patch, in one run.
 
     python -m benchmarks.models                     the sizes of the papers on a GPU, small versions on a CPU
-    python -m benchmarks.models --models zigma:B/2 dim:L-256 --pixels 256 512 1024 --compile
+    python -m benchmarks.models --models zigma:B/2 dim:L-256 --modes eager compiled captured
     python -m benchmarks.models --models zigma:B/2 --pixels 256                  the shortest that compares
 
 Inputs are latents of images (8 pixels to a latent). A batch holds ``--tokens`` tokens, so that every row works through
 the same number. The transformer is diffusers' DiTTransformer2DModel (scaled-dot-product attention). Weights stay
-float32; ``--dtype`` is the autocast type, as in training. A ratio above 1 means faster than the transformer. Where the
-memory does not suffice a cell is "-", and the table goes on; ``--tokens`` makes the batches smaller.
+float32; ``--dtype`` is the autocast type, as in training. Models run as they are (eager), with their blocks compiled,
+or captured: forward and backward pass as recorded CUDA graphs, which leaves the GPU's own time, without Python's. A
+ratio above 1 means faster than the transformer in the same mode. Where the memory does not suffice a cell is "-", and
+the table goes on; ``--tokens`` makes the batches smaller. A captured pass keeps its memory, so its peak is not
+measured.
 """
 
 import argparse
@@ -20,18 +23,21 @@ from pathlib import Path
 
 import torch
 from diffusers import DiTTransformer2DModel
+from torch.utils._pytree import tree_flatten
 
 from genssm.devices import device_option
 from genssm.errors import cli
+from genssm.graphs import ForwardGraph, TrainingGraphs
 from genssm.kernels.benchmarking import attempt, fill_in, hardware, milliseconds, peak_memory, print_table
 from genssm.models import DIM_PRESETS, DIMSUM_PRESETS, MODELS, ZIGMA_PRESETS
 
 PRESETS = {"dim": DIM_PRESETS, "dimsum": DIMSUM_PRESETS, "zigma": ZIGMA_PRESETS}
 GPU = {"width": None, "layers": None, "pixels": [256, 512], "tokens": 8192, "dtype": "bfloat16"}
 CPU = {"width": 128, "layers": 5, "pixels": [128, 256], "tokens": 1024, "dtype": "float32"}
+MODES = ("eager", "compiled", "captured")
 CHANNELS, CLASSES, PIXELS_PER_LATENT = 4, 1000, 8
 TYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HEAD = ("pixels", "batch x tokens", "model", "parameters", "forward ms", "fwd+bwd ms", "x fwd", "x both",
+HEAD = ("pixels", "batch x tokens", "model", "mode", "parameters", "forward ms", "fwd+bwd ms", "x fwd", "x both",
         "forward MiB", "training MiB")  # fmt: skip
 
 
@@ -43,6 +49,7 @@ class Row:
     batch: int
     tokens: int
     name: str
+    mode: str
     parameters: int
     forward: float
     both: float
@@ -70,7 +77,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="num_layers (default: the presets'; CPU: 5)")
     parser.add_argument("--device", type=device_option, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=TYPES, help="autocast type (default: bfloat16; CPU: float32)")
-    parser.add_argument("--compile", action="store_true", help="also with the repeated blocks compiled")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager"], help="how models run (default: eager)")
     parser.add_argument("--csv", type=Path, help="also write the table to this file")
     return fill_in(parser.parse_args(arguments), GPU, CPU)
 
@@ -97,64 +104,76 @@ def build(name: str, size: Size | None, args: argparse.Namespace, side: int) -> 
     return model, Size(config.hidden_size, config.num_layers, config.patch_size, side)
 
 
-def measure(model: torch.nn.Module, batch: int, side: int, device: torch.device, dtype: torch.dtype | None) -> dict:
-    """Times and peak memory of a forward pass, and of one with its backward pass."""
+def measure(
+    model: torch.nn.Module, batch: int, side: int, device: torch.device, dtype: torch.dtype | None, captured: bool
+) -> dict[str, float | None]:
+    """Times of a forward pass, and of one with its backward pass; their peak memory, unless they are captured."""
     model = model.to(device).train()
     inputs = torch.randn(batch, CHANNELS, side, side, device=device)
     times = torch.linspace(0, 999, batch, device=device).long()
     labels = torch.arange(batch, device=device) % CLASSES
+    leaves, spec = tree_flatten(((inputs, times, labels), {}))
+    recorded: list[ForwardGraph] = []
 
-    def run() -> torch.Tensor:
+    def run(inputs: torch.Tensor, times: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
             return model(inputs, timestep=times, class_labels=labels, return_dict=False)[0]
 
+    trained = TrainingGraphs(run, model.parameters()) if captured else run
+
+    @torch.no_grad()
     def forward() -> None:
-        with torch.no_grad():
-            run()
+        if not captured:
+            run(inputs, times, labels)
+            return
+        if not recorded:
+            recorded.append(ForwardGraph(run, leaves, spec))
+        recorded[0](leaves)
 
     def both() -> None:
         model.zero_grad(set_to_none=True)
-        run().float().square().mean().backward()
+        trained(inputs, times, labels).float().square().mean().backward()
 
     def figure(of: Callable[..., float | None], call: Callable[[], None]) -> float | None:
         def measured() -> float | None:
-            call()  # kernels are built and optimised code is made before anything counts
+            call()  # kernels are built, optimised code is made and graphs are recorded before anything counts
             model.zero_grad(set_to_none=True)  # its gradients would hide those of the measured call
             return of(call, device)
 
         found = attempt(measured)
         model.zero_grad(set_to_none=True)
+        recorded.clear()
         return found
 
+    peak = (lambda call: None) if captured else (lambda call: figure(peak_memory, call))
     return {
         "forward": figure(milliseconds, forward),
         "both": figure(milliseconds, both),
-        "forward_memory": figure(peak_memory, forward),
-        "both_memory": figure(peak_memory, both),
+        "forward_memory": peak(forward),
+        "both_memory": peak(both),
     }
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
-    """Every model at every size, each followed by the transformer of its size, eager and compiled."""
+    """Every model at every size, each followed by the transformer of its size, in each mode."""
     device = torch.device(args.device)
-    dtype = TYPES[args.dtype]
     for pixels in args.pixels:
         side = pixels // PIXELS_PER_LATENT
         for name in args.models:
             size = None
             for which in (name, "dit"):
-                for compiled in (False, True) if args.compile else (False,):
+                for mode in args.modes:
                     torch.manual_seed(0)
-                    model, size = build(which, size, args, side)
+                    with device:  # where a large model has its initial weights soonest
+                        model, size = build(which, size, args, side)
                     tokens = (side // size.patch) ** 2
                     batch = max(args.tokens // tokens, 1)
-                    if compiled:
+                    if mode == "compiled":
                         _compile(model)
                     parameters = sum(p.numel() for p in model.parameters())
-                    label = f"{which if which != 'dit' else f'dit as {name}'}{', compiled' if compiled else ''}"
-                    yield Row(
-                        pixels, batch, tokens, label, parameters, **measure(model, batch, side, device, dtype)
-                    )  # fmt: skip
+                    label = which if which != "dit" else f"dit as {name}"
+                    found = measure(model, batch, side, device, TYPES[args.dtype], mode == "captured")
+                    yield Row(pixels, batch, tokens, label, mode, parameters, **found)
                     del model
                     gc.collect()
 
@@ -169,16 +188,16 @@ def _compile(model: torch.nn.Module) -> None:
 
 
 def lines(found: list[Row]) -> list[tuple[str, ...]]:
-    """Cells of the table; ratios to the eager transformer of the same size."""
+    """Cells of the table; ratios to the transformer of the same size in the same mode."""
     table, base = [], {}
     for row in found:
-        if row.name.startswith("dit as ") and not row.name.endswith(", compiled"):
-            base[row.pixels, row.name.removeprefix("dit as ")] = row
+        if row.name.startswith("dit as "):
+            base[row.pixels, row.mode, row.name.removeprefix("dit as ")] = row
     for row in found:
-        other = base[row.pixels, row.name.removeprefix("dit as ").removesuffix(", compiled")]
+        other = base[row.pixels, row.mode, row.name.removeprefix("dit as ")]
         memory = ("" if m is None else f"{m:,.0f}" for m in (row.forward_memory, row.both_memory))
         cells = (
-            str(row.pixels), f"{row.batch} x {row.tokens}", row.name, f"{row.parameters / 1e6:.1f} M",
+            str(row.pixels), f"{row.batch} x {row.tokens}", row.name, row.mode, f"{row.parameters / 1e6:.1f} M",
             f"{row.forward:.1f}", f"{row.both:.1f}", f"{other.forward / row.forward:.2f}",
             f"{other.both / row.both:.2f}", *memory,
         )  # fmt: skip
@@ -188,6 +207,8 @@ def lines(found: list[Row]) -> list[tuple[str, ...]]:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
+    if "captured" in args.modes and torch.device(args.device).type != "cuda":
+        raise ValueError(f"--modes captured records CUDA graphs, which {args.device} does not have")
     sizes = [side for side in args.pixels if side < PIXELS_PER_LATENT or side % PIXELS_PER_LATENT]
     if sizes:
         raise ValueError(f"--pixels {sizes[0]} is not a multiple of {PIXELS_PER_LATENT}, the pixels of a latent")
@@ -201,7 +222,8 @@ def main(arguments: list[str] | None = None) -> None:
         figures = ("out of memory" if math.isnan(ms) else f"{ms:.1f} ms" for ms in (row.forward, row.both))
         peaks = [m for m in (row.forward_memory, row.both_memory) if m is not None and not math.isnan(m)]
         memory = "".join(f", {m:,.0f} MiB" for m in peaks)
-        print(f"{row.pixels}  {row.name}: " + "{} forward, {} with backward".format(*figures) + memory, flush=True)
+        times = "{} forward, {} with backward".format(*figures)
+        print(f"{row.pixels}  {row.name}, {row.mode}: {times}{memory}", flush=True)
     print()
     print_table(HEAD, lines(found), args.csv)
 

@@ -4,7 +4,8 @@
     python -m benchmarks.soak --out runs/soak --models zigma dim --steps 2000 --at-once 2
 
 Models are those of configs/debug/*.yaml. Each run is ``train.py`` in a folder of its own, OUT/NAME, begun when the
-tokenizer or autoencoder that it works with is trained. It ends early at its first loss or gradient that is not finite.
+tokenizer or autoencoder that it works with is trained. On a CUDA device steps that can be recorded are replayed
+(``train.cuda_graph``). It ends early at its first loss or gradient that is not finite.
 The same command goes on where it was stopped. The table, a line for each run with the mean loss of each part of it, is
 OUT/soak.md; exit code 1 if a run failed.
 """
@@ -15,7 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,9 @@ import torch
 from genssm.config import RunConfig, load_config
 from genssm.env import device_name, versions
 from genssm.errors import cli
+from genssm.tasks import TASKS
 from genssm.training.checkpoint import write_text
+from genssm.training.checks import check_cuda_graph
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "debug"
@@ -62,6 +65,16 @@ def vae_of(config: RunConfig) -> tuple[str, str | None]:
     return ("motion.vae", config.motion.vae) if config.motion.vae else ("data.vae", config.data.vae)
 
 
+def replays(config: RunConfig) -> bool:
+    """Whether the steps of a run can be recorded on this machine's device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        check_cuda_graph(config, TASKS[config.model.name].recordable, device, 1)
+    except ValueError:
+        return False
+    return True
+
+
 def plan(args: argparse.Namespace) -> list[Soak]:
     """The runs, each behind the one that it needs."""
     configs = {name: load_config(CONFIGS / f"{name}.yaml") for name in available()}
@@ -75,6 +88,8 @@ def plan(args: argparse.Namespace) -> list[Soak]:
             f"train.mixed_precision={args.mixed_precision}", f"train.checkpointing_steps={args.steps // args.parts}",
             "train.checkpoints_total_limit=1", f"log.log_every={args.steps // args.parts}", "log.sample_every=0",
         ]  # fmt: skip
+        if replays(configs[name]):
+            overrides.append("train.cuda_graph=true")
         if needs[name]:
             overrides.append(f"{vae_of(configs[name])[0]}={args.out / needs[name]}")
         soaks.append(Soak(name, args.out / name, overrides, needs[name]))
@@ -95,13 +110,13 @@ def train(soak: Soak, needed: Future | None, threads: int) -> Soak:
 
 
 def run_all(soaks: list[Soak], at_once: int) -> Iterator[Soak]:
-    """Run them, at most ``at_once`` side by side; each is handed out in its turn."""
+    """Run them, at most ``at_once`` side by side; each is handed out when it has ended."""
     threads = max(1, (os.cpu_count() or 1) // at_once)
     pool, ended = ThreadPoolExecutor(at_once), {}
     try:
         for soak in soaks:  # what a run needs is begun before it, so that no run waits for one that cannot begin
             ended[soak.name] = pool.submit(train, soak, ended.get(soak.needs), threads)
-        for future in ended.values():
+        for future in as_completed(ended.values()):
             yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
@@ -144,11 +159,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--steps {args.steps} --parts {args.parts} --at-once {args.at_once}: expected whole numbers from 1 on, "
             "and steps in equal parts"
         )
-    soaks = []
-    for soak in run_all(plan(args), args.at_once):
-        soaks.append(soak)
+    soaks, ended = plan(args), []
+    for soak in run_all(soaks, args.at_once):
+        ended.append(soak.name)
         print(f"{soak.name}: {soak.error or 'ended as planned'}", flush=True)
-        write_text(args.out / "soak.md", table(soaks, args.parts, args.steps, args.mixed_precision))
+        shown = [soak for soak in soaks if soak.name in ended]
+        write_text(args.out / "soak.md", table(shown, args.parts, args.steps, args.mixed_precision))
     print(f"table     {args.out / 'soak.md'}")
     return int(any(soak.error for soak in soaks))
 

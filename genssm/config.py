@@ -156,6 +156,7 @@ class TrainConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] = key("autocast type; weights stay float32", "no")
     gradient_checkpointing: bool = key("recompute each block in the backward pass", False, resumable=True)
     compile: bool = key("torch.compile of the repeated blocks", False, resumable=True)
+    cuda_graph: bool = key("replay forward and backward pass as recorded CUDA graphs", False, resumable=True)
     tf32: bool = key("TensorFloat-32 matrix products on CUDA", True, resumable=True)
     resume_from_checkpoint: str = key("latest, none, or the path of a checkpoint", "latest", resumable=True)
     checkpointing_steps: int = key("steps between checkpoints", 500, resumable=True)

@@ -29,11 +29,13 @@ def strides(x: Tensor | None, ndim: int = 0, directions: int = 1) -> tuple[int, 
 
 def wide(*tensors: Tensor | None) -> bool:
     """Whether an offset inside one batch row and direction needs 64 bits."""
-    return any(_last_offset(x.shape[1:], x.stride()[1:]) >= 2**31 for x in tensors if x is not None)
+    return any(_last_offset(x.shape, x.stride()) >= 2**31 for x in tensors if x is not None)
 
 
+@functools.lru_cache(maxsize=4096)
 def _last_offset(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    return sum(map(operator.mul, sizes, strides)) - sum(strides)
+    """Offset of the last element of a batch row from its first."""
+    return sum(map(operator.mul, sizes[1:], strides[1:])) - sum(strides[1:])
 
 
 def named(prefix: str, dims: str, values: tuple[int, ...]) -> dict[str, int]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers import ImagePipelineOutput, ModelMixin
 
+from genssm.graphs import places, weights_move
 from genssm.pipelines.code_images import CodePipeline, Labels, Texts, guidance_scales
 from genssm.pipelines.denoising import Generators
 from genssm.pipelines.token_decoding import TokenDecoder, draw_uniform
@@ -122,7 +123,7 @@ class AutoregressiveImagePipeline(CodePipeline):
         condition = self._condition(labels, texts, num_images, device)
         uniform = draw_uniform((num_images, tokens), None if as_released else generator, device)
 
-        capture = cuda_graph and device.type == "cuda" and not as_released and not self._weights_move
+        capture = cuda_graph and device.type == "cuda" and not as_released and not weights_move(self.model)
         decoder = self._decoder_for(num_images, guided, sampling, device, as_released, capture)
         codes = torch.zeros(num_images, 0, dtype=torch.int64) if codes is None else codes
         done = decoder.begin(condition, codes.to(device), uniform, scales, generator if as_released else None)
@@ -167,13 +168,6 @@ class AutoregressiveImagePipeline(CodePipeline):
             if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < vocabulary:
                 raise ValueError(f"codes lie outside 0..{vocabulary - 1}, the codes of this model")
 
-    @property
-    def _weights_move(self) -> bool:
-        """Whether hooks move or cast weights, or autocast copies them: a captured graph would not find them."""
-        hooks = ("_hf_hook", "_diffusers_hook")  # of accelerate and of diffusers
-        hooked = any(hasattr(module, name) for module in self.model.modules() for name in hooks)
-        return hooked or torch.is_autocast_enabled("cuda")
-
     def _decoder_for(
         self,
         num_images: int,
@@ -186,8 +180,7 @@ class AutoregressiveImagePipeline(CodePipeline):
         """A decoder; one with a captured graph is kept as long as calls of its kind come and the weights stay put."""
         if not capture:
             return TokenDecoder(self.model, num_images, guided, sampling, device, released_draws=as_released)
-        places = tuple(parameter.data_ptr() for parameter in self.model.parameters())
-        key = (num_images, guided, sampling, self.model.dtype, places)
+        key = (num_images, guided, sampling, self.model.dtype, places(self.model))
         if self._decoder is None or self._decoder[0] != key:
             self._decoder = None  # frees the memory of the old one first
             self._decoder = key, TokenDecoder(self.model, num_images, guided, sampling, device, capture=True)

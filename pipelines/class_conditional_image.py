@@ -58,6 +58,7 @@ class ClassConditionalImagePipeline(LabelConditions, DenoisingPipeline):
         latents: torch.Tensor | None = None,
         ode_solver: str | None = None,
         ode_options: Mapping[str, object] | None = None,
+        cuda_graph: bool = True,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Mapping[str, torch.Tensor]] | None = None,
@@ -86,6 +87,8 @@ class ClassConditionalImagePipeline(LabelConditions, DenoisingPipeline):
             ode_solver: a method of :func:`genssm.solvers.solve_ode` ("dopri5", ...) instead of the scheduler's steps,
                 for flow models.
             ode_options: further arguments of it: rtol, atol, error_norm, max_evaluations.
+            cuda_graph: on CUDA, replay evaluations that come again and again as a recorded graph, kept for the next
+                call of the same sizes; False evaluates operation by operation, and frees it. The numbers are the same.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent".
             return_dict: False returns a tuple.
             callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": ...})`` after each step; what
@@ -102,7 +105,7 @@ class ClassConditionalImagePipeline(LabelConditions, DenoisingPipeline):
             >>> pipe(["3", "7"], generator=[torch.Generator().manual_seed(i) for i in (0, 1)]).images[0].save("3.png")
         """
         self._guidance = Guidance(guidance_scale, tuple(guidance_interval), guidance_rescale, guidance_power)
-        self._interrupt = False
+        self._interrupt, self._cuda_graph = False, cuda_graph
         labels, num_images = self.resolve_labels(class_labels, num_images)
         self._check_call(
             num_images, num_inference_steps, generator, output_type,

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from genssm import paths
 from genssm.data.latents import encode_images
+from genssm.graphs import Kept, graphs_for
 from genssm.models import MODELS
 from genssm.pipelines.inputs import ImageInput, Start, to_mask, to_pixels
 from genssm.schedulers import first_time, flow_settings, velocity_at_data
@@ -139,8 +140,10 @@ class Guidance:
         if self.power:
             if parts is None or len(parts) != len(null):
                 raise ValueError("a guidance scale that grows with the time needs the time of each sample")
-            scales = torch.tensor([self.scale_at(part) for part in parts], dtype=null.dtype, device=null.device)
-            scale = paths.per_sample(scales, null)
+            scales = [self.scale_at(part) for part in parts]
+            scale = scales[0]
+            if len(set(scales)) > 1:  # else a number will do, which the GPU need not be sent
+                scale = paths.per_sample(torch.tensor(scales, dtype=null.dtype, device=null.device), null)
         guided = null + scale * (conditional - null)
         if self.rescale == 0:
             return guided
@@ -160,26 +163,26 @@ def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device
     return torch.cat(rows)
 
 
-def set_times(
-    scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def set_times(scheduler: SchedulerMixin, num_inference_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Put a scheduler at the start of its grid.
 
+    The grid stays on the CPU, where schedulers look their numbers up: on a GPU each step would wait for the one before.
+
     Returns:
-        ``timesteps`` to hand to ``scheduler.step`` and, of the same length and on the CPU, the times to call the
-        denoiser with, which differ where diffusers' multistep solvers round the times of a flow down to integers.
+        ``timesteps`` to hand to ``scheduler.step`` and, of the same length, the times to call the denoiser with, which
+        differ where diffusers' multistep solvers round the times of a flow down to integers. Both on the CPU.
     """
     plain = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not any(
         scheduler.config[key] for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
     )
     if plain:
         # Its own grid spends the last of n steps between 0.001 and 0; an even grid of n steps ends at 1 / n.
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1].tolist(), device=device)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1].tolist())
     else:
-        scheduler.set_timesteps(num_inference_steps, device=device)
+        scheduler.set_timesteps(num_inference_steps)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
-    times = scheduler.timesteps.cpu()
+    times = scheduler.timesteps
     if scheduler.config.get("use_flow_sigmas"):
         times = scheduler.sigmas[: len(times)] * scheduler.config.num_train_timesteps
     return scheduler.timesteps, times
@@ -201,6 +204,9 @@ class DenoisingPipeline(DiffusionPipeline):
     _makes_video: ClassVar[bool] = False
     _optional_components: ClassVar[list[str]] = ["vae"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    _records: ClassVar[bool] = True  # whether evaluations may run as graphs
+    _cuda_graph = True  # as the call in progress says
+    _graphs: Kept = None
 
     @classmethod
     def _get_signature_types(cls) -> dict[str, tuple[type, ...]]:
@@ -365,9 +371,10 @@ class DenoisingPipeline(DiffusionPipeline):
         """
         device = self._execution_device
         noise = self._prepare_latents(shape, generator, latents, device)
+        self._begin_evaluations(shape, condition, one_size=ode_solver not in ADAPTIVE_METHODS)
         if ode_solver is not None:
             return self._solve_ode(noise, start, ode_solver, num_inference_steps, ode_options, condition, null)
-        timesteps, times = set_times(self.scheduler, num_inference_steps, device)
+        timesteps, times = set_times(self.scheduler, num_inference_steps)
         if start is None:
             latents = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
         else:
@@ -393,6 +400,23 @@ class DenoisingPipeline(DiffusionPipeline):
                 if self._interrupt:
                     break
         return latents
+
+    def _begin_evaluations(
+        self, shape: Sequence[int], condition: Mapping[str, torch.Tensor], *, one_size: bool = True
+    ) -> None:
+        """Find out what holds for all evaluations of a call.
+
+        The graphs of earlier calls are kept for this one if it is of their kind, else freed.
+
+        Args:
+            shape: of the samples.
+            condition: see :meth:`_predict`.
+            one_size: whether every evaluation has all samples.
+        """
+        model, kept = self.denoiser, self._graphs
+        self._graphs, self._dtype = None, model.dtype  # diffusers walks through all modules to find it
+        if self._cuda_graph and self._records and one_size and getattr(model, "skip_tuning", None) is None:
+            self._graphs = graphs_for(model, shape, condition, kept)
 
     def _skip_steps(
         self, strength: float, num_inference_steps: int, timesteps: torch.Tensor, times: torch.Tensor
@@ -424,22 +448,28 @@ class DenoisingPipeline(DiffusionPipeline):
 
         Args:
             x: scaled noisy samples, (B, C, H, W), float32.
-            times: a scalar, or (B,) from an ODE solver.
+            times: a scalar on the CPU, or (B,) from an ODE solver.
             condition, null: further arguments of the denoiser, (B, ...) each; ``null`` without the condition.
         Returns:
             (B, C, H, W), float32.
         """
         parts = (times / self.scheduler.config.num_train_timesteps).expand(len(x)).tolist()
         guided = [bool(null) and self._guidance.at(part) for part in parts]
-        rows = torch.tensor(guided).nonzero().flatten().to(x.device)
-        times = times.to(x.device).expand(len(x))
+        if times.ndim == 0:  # as a number: a copy to a GPU would wait for it
+            times = torch.full((len(x),), times.item(), dtype=times.dtype, device=x.device)
+        rows: slice | torch.Tensor = slice(None)
         if any(guided):
+            if not all(guided):
+                rows = torch.tensor(guided).nonzero().flatten().to(x.device)
             condition = {key: torch.cat([value, null[key][rows]]) for key, value in condition.items()}
             x, times = torch.cat([x, x[rows]]), torch.cat([times, times[rows]])
+        evaluate = self.denoiser if self._graphs is None else self._graphs[1]
         with BatchInvariant() if x.device.type == "cpu" else contextlib.nullcontext():
-            prediction = self.denoiser(x.to(self.denoiser.dtype), times, **condition, return_dict=False)[0].float()
+            prediction = evaluate(x.to(self._dtype), times, **condition, return_dict=False)[0].float()
         if not any(guided):
             return prediction
+        if all(guided):
+            return self._guidance.combine(*prediction.chunk(2), parts)
         result, unconditional = prediction[: len(guided)].clone(), prediction[len(guided) :]
         parts = [part for part, chosen in zip(parts, guided) if chosen]
         result[rows] = self._guidance.combine(result[rows], unconditional, parts)

@@ -1,21 +1,25 @@
 """Images from a model that guesses masked codes (:class:`genssm.models.MaskMamba`), all codes at once, step by step."""
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from diffusers import AmusedScheduler, ImagePipelineOutput, ModelMixin
 
+from genssm.graphs import Kept, graphs_for
+from genssm.kernels.draw_token import invert_cdf
 from genssm.pipelines.code_images import CodePipeline, Condition, Labels, Texts, guidance_scales
 from genssm.pipelines.denoising import BatchInvariant, Generators
+from genssm.pipelines.token_decoding import draw_uniform
 from genssm.pipelines.token_sampling import TokenSampling, filter_logits
 
 
 class MaskedImagePipeline(CodePipeline):
     """Class- or text-conditional and unconditional images by unmasking codes, the surest first.
 
-    Steps are those of diffusers' ``AmusedScheduler``, taken image by image, so that an image depends on its generator
-    and its condition, not on the batch it is made in.
+    Steps are those of diffusers' ``AmusedScheduler``, with random numbers of each image's own, so that an image depends
+    on its generator and its condition, not on the batch it is made in.
 
     Args:
         model: guesses the codes.
@@ -26,6 +30,8 @@ class MaskedImagePipeline(CodePipeline):
             None if every call gives embeddings.
         tokenizer: the tokenizer that belongs to it.
     """
+
+    _graphs: Kept = None
 
     def __init__(
         self,
@@ -64,6 +70,7 @@ class MaskedImagePipeline(CodePipeline):
         guidance_schedule: str = "constant",
         codes: torch.Tensor | None = None,
         generator: Generators = None,
+        cuda_graph: bool = True,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Mapping[str, torch.Tensor] | None] | None = None,
@@ -92,6 +99,8 @@ class MaskedImagePipeline(CodePipeline):
             codes: (B, T), ``model.mask_code`` where the model is to fill in; the others stay. None masks all.
             generator: one for all images, or a list with one for each; with a list an image does not depend on the
                 batch it is made in.
+            cuda_graph: on CUDA, replay evaluations that come again and again as a recorded graph, kept for the next
+                call of the same sizes; False evaluates operation by operation, and frees it. The numbers are the same.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent": the codes (B, T).
             return_dict: False returns a tuple.
             callback_on_step_end: called as ``callback(pipe, i, timestep, {"codes": ...})`` after each step; masked
@@ -120,14 +129,20 @@ class MaskedImagePipeline(CodePipeline):
         device, mask_code = self._execution_device, self.model.mask_code
         condition = self._condition(labels, texts, num_images, device)
         codes = self._start(codes, num_images).to(device)  # (B, T)
-        shares = (codes == mask_code).float().mean(dim=1).tolist()
+        shares = (codes == mask_code).float().mean(dim=1)
+        kept, self._graphs = self._graphs, None
+        if cuda_graph:
+            self._graphs = graphs_for(self.model, codes.shape, condition, kept)
 
-        self.scheduler.set_timesteps(num_inference_steps, choice_temperature, device)
+        # On the CPU, and all random numbers at once: no step waits for the GPU.
+        self.scheduler.set_timesteps(num_inference_steps, choice_temperature)
+        uniform = draw_uniform((num_images, 2 * num_inference_steps * codes.shape[1]), generator, device)
+        uniform = uniform.view(num_images, num_inference_steps, 2, -1)
         with self.progress_bar(total=num_inference_steps) as bar:
             for i, t in enumerate(self.scheduler.timesteps):
                 logits = self._predict(codes, condition, float(scales[i]), guided)  # (B, T, V)
                 logits = filter_logits(logits / sampling.temperature, top_k, top_p)
-                codes = self._step(logits, t, codes, shares, generator)
+                codes = self._step(logits, i, codes, shares, uniform[:, i])
                 if callback_on_step_end is not None:
                     given = dict.fromkeys(callback_on_step_end_tensor_inputs, codes)
                     codes = (callback_on_step_end(self, i, t, given) or {}).get("codes", codes)
@@ -158,28 +173,36 @@ class MaskedImagePipeline(CodePipeline):
 
     def _predict(self, codes: torch.Tensor, condition: Condition, scale: float, guided: bool) -> torch.Tensor:
         """Guided logits (B, T, V), float32."""
+        evaluate = self.model if self._graphs is None else self._graphs[1]
         with BatchInvariant() if codes.device.type == "cpu" else contextlib.nullcontext():
-            logits = self.model(codes.repeat(2, 1) if guided else codes, **condition).logits.float()
+            logits = evaluate(codes.repeat(2, 1) if guided else codes, **condition).logits.float()
         if not guided:
             return logits
         conditional, null = logits.chunk(2)
         return null + scale * (conditional - null)
 
     def _step(
-        self,
-        logits: torch.Tensor,
-        timestep: torch.Tensor,
-        codes: torch.Tensor,
-        shares: Sequence[float],
-        generator: Generators,
+        self, logits: torch.Tensor, step: int, codes: torch.Tensor, shares: torch.Tensor, uniform: torch.Tensor
     ) -> torch.Tensor:
-        """One step of the scheduler for each image; an image without masked codes stays as it is."""
-        many = isinstance(generator, Sequence)
-        rows = []
-        for i, share in enumerate(shares):
-            row = codes[i : i + 1]
-            if share:
-                source = generator[i] if many else generator
-                row = self.scheduler.step(logits[i : i + 1], timestep, row, share, source).prev_sample
-            rows.append(row)
-        return torch.cat(rows)
+        """``AmusedScheduler.step`` for all images at once, each with its own random numbers and share of masked codes.
+
+        The scheduler's own takes one generator and one share for a whole batch; called image by image it launches
+        some twenty operations for each. ``uniform`` (B, 2, T) draws the codes and chooses what stays unmasked.
+        """
+        config, steps, tokens = self.scheduler.config, len(self.scheduler.timesteps), codes.shape[1]
+        masked = codes == config.mask_token_id  # (B, T)
+        probabilities = logits.softmax(dim=-1)
+        drawn = invert_cdf(probabilities.flatten(0, 1), uniform[:, 0].flatten()).view_as(codes)
+        chosen = torch.where(masked, drawn, codes)
+        if step == steps - 1:
+            return chosen
+        ratio = torch.tensor((step + 1) / steps)
+        left = torch.cos(ratio * math.pi / 2) if config.masking_schedule == "cosine" else 1 - ratio
+        count = masked.sum(dim=1)
+        # As many as the schedule says, at least one, but fewer than before; an image without masked codes stays so.
+        again = torch.minimum((tokens * (shares * left)).floor(), count - 1).clamp(min=1).where(count > 0, 0)
+        sure = probabilities.gather(-1, drawn[..., None])[..., 0].clamp(min=1e-20).log()
+        noise = -torch.log((-torch.log(uniform[:, 1].clamp(min=1e-20))).clamp(min=1e-20))  # Gumbel
+        sure = (sure + self.scheduler.temperatures[step] * noise).masked_fill(~masked, math.inf)
+        rank = sure.argsort(dim=1, stable=True).argsort(dim=1)
+        return chosen.masked_fill(rank < again[:, None], config.mask_token_id)

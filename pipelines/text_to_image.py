@@ -69,6 +69,7 @@ class TextToImagePipeline(TextConditions, DenoisingPipeline):
         latents: torch.Tensor | None = None,
         ode_solver: str | None = None,
         ode_options: Mapping[str, object] | None = None,
+        cuda_graph: bool = True,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Mapping[str, torch.Tensor]] | None = None,
@@ -97,6 +98,8 @@ class TextToImagePipeline(TextConditions, DenoisingPipeline):
                 batch it is made in.
             latents: initial noise (B, C, h, w), standard normal, instead of drawing it.
             ode_solver, ode_options: as in :class:`ClassConditionalImagePipeline`.
+            cuda_graph: on CUDA, replay evaluations that come again and again as a recorded graph, kept for the next
+                call of the same sizes; False evaluates operation by operation, and frees it. The numbers are the same.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent".
             return_dict: False returns a tuple.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as in :class:`ClassConditionalImagePipeline`.
@@ -111,7 +114,7 @@ class TextToImagePipeline(TextConditions, DenoisingPipeline):
             >>> pipe("woman firefighter: dark skin tone", guidance_scale=2.0).images[0].save("firefighter.png")
         """
         self._guidance = Guidance(guidance_scale, tuple(guidance_interval), guidance_rescale, guidance_power)
-        self._interrupt = False
+        self._interrupt, self._cuda_graph = False, cuda_graph
         embeds = (prompt_embeds, prompt_attention_mask)
         negative_embeds = (negative_prompt_embeds, negative_prompt_attention_mask)
         num_images = self._count_prompts(prompt, negative_prompt, embeds, negative_embeds, num_images_per_prompt)

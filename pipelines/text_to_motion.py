@@ -134,6 +134,7 @@ class TextToMotionPipeline(MotionConditions, DenoisingPipeline):
         null_prompt_embeds: torch.Tensor | None = None,
         known_features: torch.Tensor | None = None,
         known_frames: torch.Tensor | None = None,
+        cuda_graph: bool = True,
         output_type: str = "joints",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Mapping[str, torch.Tensor]] | None = None,
@@ -161,6 +162,8 @@ class TextToMotionPipeline(MotionConditions, DenoisingPipeline):
                 towards them at each step, and the given frames are put in at the end.
             known_frames: where they are given, (B, T) or (T,) bool. Features are relative to the root, so that they
                 give poses and velocities, not places.
+            cuda_graph: on CUDA, replay evaluations that come again and again as a recorded graph, kept for the next
+                call of the same sizes; False evaluates operation by operation, and frees it. The numbers are the same.
             output_type: "joints" (T, J, 3) in the skeleton's unit, "features" (T, F), not normalised, or "latent".
             return_dict: False returns a tuple.
             callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": ...})`` after each step; what
@@ -177,7 +180,7 @@ class TextToMotionPipeline(MotionConditions, DenoisingPipeline):
             >>> joints = pipe("a person walks in a circle", seconds=6.0).motions[0]  # (120, 22, 3)
         """
         self._guidance = Guidance(guidance_scale, tuple(guidance_interval), guidance_rescale)
-        self._interrupt = False
+        self._interrupt, self._cuda_graph = False, cuda_graph
         if num_motions is None and prompt is None and class_labels is None and prompt_embeds is None:
             each = num_frames if seconds is None else seconds
             num_motions = len(each) if isinstance(each, Sequence) else None
@@ -209,6 +212,7 @@ class TextToMotionPipeline(MotionConditions, DenoisingPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         generator: torch.Generator | None = None,
+        cuda_graph: bool = True,
         output_type: str = "joints",
     ) -> MotionPipelineOutput:
         """Generate one motion that follows one prompt after the other.
@@ -224,6 +228,7 @@ class TextToMotionPipeline(MotionConditions, DenoisingPipeline):
             transition_seconds: length of an overlap; shorter than every segment.
             num_inference_steps, guidance_scale: as in the call.
             generator: source of the noise.
+            cuda_graph: as in the call.
             output_type: "joints" or "features".
         Returns:
             :class:`MotionPipelineOutput` with one motion and its ``borders``.
@@ -231,7 +236,7 @@ class TextToMotionPipeline(MotionConditions, DenoisingPipeline):
             ValueError: contradictory or impossible arguments; raised before anything is computed.
         """
         check_choice("output_type", output_type, OUTPUTS[:2])
-        self._guidance, self._interrupt = Guidance(guidance_scale), False
+        self._guidance, self._interrupt, self._cuda_graph = Guidance(guidance_scale), False, cuda_graph
         texts, labels, count = self._resolve(prompts, class_labels, None, None)
         overlap = 2 * round(transition_seconds * self.skeleton.fps / 2)
         windows = segment_windows(self._lengths(seconds, None, count, bounded=False), overlap)
@@ -335,13 +340,14 @@ class TextToMotionPipeline(MotionConditions, DenoisingPipeline):
         ``predict(x, time)`` replaces the denoiser's guided prediction.
         """
         device = noise.device
-        timesteps, times = set_times(self.scheduler, steps, device)
+        timesteps, times = set_times(self.scheduler, steps)
         latents = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
         self._num_timesteps = len(timesteps)
         arguments = self._step_arguments(generator)
         if self.vae is None and predict is None:
             counts = {"lengths": torch.tensor(lengths, device=device)}
             condition, null = condition | counts, null | counts if null else null
+        self._begin_evaluations(noise.shape, condition)
         clean = CleanView(self.scheduler)
         with self.progress_bar(total=len(timesteps)) as bar:
             for i, (t, time) in enumerate(zip(timesteps, times)):

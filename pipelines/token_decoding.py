@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
+from genssm.graphs import record
 from genssm.pipelines.denoising import BatchInvariant, Generators
 from genssm.pipelines.token_sampling import TokenSampling, guide
 
@@ -18,15 +19,15 @@ logger = logging.getLogger("genssm")
 
 def draw_uniform(shape: tuple[int, int], generator: Generators, device: torch.device) -> torch.Tensor:
     """Random numbers in [0, 1), float32, (B, T), drawn image by image on the generator's device and moved."""
-    sources = generator if isinstance(generator, Sequence) else [generator] * shape[0]
-    places = [device if source is None else source.device for source in sources]
-    rows = [
-        torch.rand(shape[1], generator=source, device=place, dtype=torch.float32)
-        for source, place in zip(sources, places)
-    ]
-    if any(place != places[0] for place in places):
+    many = isinstance(generator, Sequence)
+    rows = []
+    for i in range(shape[0]):
+        source = generator[i] if many else generator
+        place = device if source is None else source.device
+        rows.append(torch.rand(shape[1], generator=source, device=place, dtype=torch.float32))
+    if len({row.device for row in rows}) > 1:
         rows = [row.to(device) for row in rows]
-    return torch.stack(rows).to(device)  # one transfer, not one for each image
+    return torch.stack(rows).to(device)  # one copy for all images
 
 
 def _form(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
@@ -168,29 +169,22 @@ class TokenDecoder:
         self.previous.copy_(codes.repeat(self.rows // self.num_images)[:, None])
         self.count.add_(1)
 
-    def _capture(self, run: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph | None:
-        """Record what ``run`` does; None, with a warning, where it cannot be recorded.
+    def _capture(self, call: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph | None:
+        """Record what ``call`` does; None, with a warning, where it cannot be recorded.
 
         What it computes while it is recorded is overwritten by :meth:`begin`. Graphs that are replayed one after the
         other share a ``pool`` of memory.
         """
         self.cache.begun = True
-        with torch.cuda.device(self.codes.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):  # compiles kernels and lets libraries choose theirs
-                    self.rewind()
-                    run()
-            torch.cuda.current_stream().wait_stream(side)
+
+        def first() -> None:
             self.rewind()
-            graph = torch.cuda.CUDAGraph()
-            try:
-                # Other threads may go on: those that watch NCCL or pin batches would break a "global" capture.
-                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                    run()
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                logger.warning("decoding step by step, slowly: the step cannot be captured as a graph (%s)", reason)
-                return None
+            call()
+
+        try:
+            (graph,) = record(self.codes.device, first, call, pool=pool)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            logger.warning("decoding step by step, slowly: the step cannot be captured as a graph (%s)", reason)
+            return None
         return graph

@@ -30,6 +30,8 @@ class DiMUpsamplingPipeline(ClassConditionalImagePipeline):
         pipe.denoiser = pipe.denoiser.resized(128)      # then give height=1024, width=1024
     """
 
+    _records = False  # what is evaluated at a step depends on its time
+
     @torch.no_grad()
     def __call__(
         self,
@@ -58,7 +60,7 @@ class DiMUpsamplingPipeline(ClassConditionalImagePipeline):
                 the constant of the released code that leaves next to no effect
                 (:meth:`genssm.models.DiM.enable_skip_tuning`).
             skip_tuning_top: scale of the last long skip at pure noise.
-            arguments: further arguments of :class:`ClassConditionalImagePipeline`.
+            arguments: further arguments of :class:`ClassConditionalImagePipeline`; no evaluation runs as a graph.
         Returns:
             An output with ``images``.
         Raises:

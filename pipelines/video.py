@@ -84,6 +84,7 @@ class VideoPipeline(LabelConditions, TextConditions, DenoisingPipeline):
         latents: torch.Tensor | None = None,
         ode_solver: str | None = None,
         ode_options: Mapping[str, object] | None = None,
+        cuda_graph: bool = True,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Mapping[str, torch.Tensor]] | None = None,
@@ -98,8 +99,9 @@ class VideoPipeline(LabelConditions, TextConditions, DenoisingPipeline):
             num_videos: clips; of each prompt for a denoiser that reads text. By default as many as labels, or 1.
             num_frames: frames of a clip; the denoiser's own number by default, others where its scan allows them.
             num_inference_steps, guidance_scale, guidance_interval, guidance_rescale, guidance_power, height, width,
-            generator, ode_solver, ode_options, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs:
-                as in :class:`ClassConditionalImagePipeline`; one generator draws a whole clip.
+            generator, ode_solver, ode_options, cuda_graph, return_dict, callback_on_step_end,
+            callback_on_step_end_tensor_inputs: as in :class:`ClassConditionalImagePipeline`; one generator draws a
+                whole clip.
             latents: initial noise (B, F, C, h, w), standard normal, instead of drawing it.
             output_type: "pil", "np" (B, F, H, W, C) in [0, 1], "pt" (B, F, C, H, W) in [0, 1], or "latent".
         Returns:
@@ -114,7 +116,7 @@ class VideoPipeline(LabelConditions, TextConditions, DenoisingPipeline):
             >>> write_clip(pipe("right").frames[0], "right.gif")
         """
         self._guidance = Guidance(guidance_scale, tuple(guidance_interval), guidance_rescale, guidance_power)
-        self._interrupt = False
+        self._interrupt, self._cuda_graph = False, cuda_graph
         texts = (prompt, negative_prompt, prompt_embeds, prompt_attention_mask, negative_prompt_embeds,
                  negative_prompt_attention_mask)  # fmt: skip
         embeds, negative_embeds = texts[2:4], texts[4:6]

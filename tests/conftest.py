@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.pretend_graphs import pretend_graphs  # noqa: F401 - a fixture for all
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 

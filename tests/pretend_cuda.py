@@ -17,6 +17,9 @@ _ONE_DEVICE = {_aten.cat.default, _aten.stack.default, _aten.index_select.defaul
 
 _GENERATORS: set[int] = set()  # those on the GPU: operations get them without their class
 WAITS: list[str] = []  # what would have made the CPU wait for the GPU, or a captured graph fail
+# At these only a captured graph would fail: a number on the CPU goes along with the launch, some copies do not wait.
+PASSING = ("aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.div.Tensor",
+           "aten._to_copy.default non_blocking")  # fmt: skip
 
 
 class PretendTensor(torch.Tensor):
@@ -146,7 +149,7 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"{func}: a generator on {one} draws for a tensor on {other}")
     from_both = any(isinstance(t, PretendTensor) != on_cuda for t in tensors[: 2 if func is _aten.copy_.default else 1])
     if (on_cuda and func in _WAITING) or from_both:
-        WAITS.append(str(func))
+        WAITS.append(f"{func} non_blocking" if kwargs.get("non_blocking") else str(func))
     if func in _INDEXED and any(index is not None and index.dtype == torch.bool for index in args[1]):
         WAITS.append("index by mask")
     held_args, held_kwargs = _held((args, kwargs))

@@ -44,6 +44,18 @@ def test_default_models_need_no_files(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert {"zigma", "aim", "vq"} <= names and "packed" not in names  # whose pictures are the user's
 
 
+def test_what_can_be_recorded_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where there is a CUDA device; never the tokenizer, whose model changes from inside, nor rows of many shapes."""
+    planned: list[soak.Soak] = []
+    monkeypatch.setattr(soak, "run_all", lambda soaks, at_once: planned.extend(soaks) or iter(()))
+    for there in (False, True):
+        monkeypatch.setattr(soak.torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(soak, "device_name", lambda device: "")
+        soak.main(["--out", str(tmp_path), "--models", "zigma", "aim", "packed"])
+    recorded = [run.name for run in planned if "train.cuda_graph=true" in run.overrides]
+    assert recorded == ["zigma", "aim"] and [run.name for run in planned[4:]] == ["vq", "zigma", "aim", "packed"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [(["--models", "zigme"], "zigme: unknown; expected some of aim"), (["--steps", "15"], "steps in equal parts")],

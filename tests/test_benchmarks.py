@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import decoding, models, motion_frames
 from genssm.kernels import benchmarking
+from tests.pretend_graphs import PretendGraph
 
 SMALL = ["--device", "cpu", "--width", "32", "--layers", "3", "--tokens", "16"]
 
@@ -27,6 +28,33 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert row["x fwd"] == row["x both"] == "1.00"
 
 
+@pytest.mark.gpu
+def test_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each model in each mode, beside the transformer in the same one."""
+    monkeypatch.setattr(benchmarking, "_SECONDS", 0.0)
+    small = ["--device", "cuda", "--width", "32", "--layers", "3", "--tokens", "16", "--pixels", "64"]
+    modes = ["eager", "captured"]
+    models.main([*small, "--models", "zigma:B/2", "--modes", *modes, "--csv", str(tmp_path / "table.csv")])
+    table = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert [(row["model"], row["mode"]) for row in table] == [
+        (name, mode) for name in ("zigma:B/2", "dit as zigma:B/2") for mode in modes
+    ]
+    assert [bool(row["training MiB"]) for row in table] == [True, False, True, False]
+    assert [row["x both"] for row in table[2:]] == ["1.00", "1.00"]
+
+
+def test_a_captured_pass_is_the_pass_itself(
+    pretend_graphs: type[PretendGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both passes are recorded once and replayed; their memory is not measured."""
+    monkeypatch.setattr(benchmarking, "_SECONDS", 0.0)
+    args = models.parse_arguments([*SMALL, "--pixels", "64"])
+    model, _ = models.build("zigma:B/2", None, args, 8)
+    found = models.measure(model, 1, 8, torch.device("cpu"), None, captured=True)
+    assert found["forward"] > 0 and found["both"] > 0 and pretend_graphs.replays > 3
+    assert found["forward_memory"] is found["both_memory"] is None
+
+
 def test_out_of_memory(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that does not fit says so, and the next ones are measured."""
     monkeypatch.setattr(benchmarking, "_SECONDS", 0.0)
@@ -43,7 +71,7 @@ def test_out_of_memory(capsys: pytest.CaptureFixture, monkeypatch: pytest.Monkey
     models.main([*SMALL, "--models", "zigma:B/2", "--pixels", "64"])
     out = capsys.readouterr().out
     assert "forward, out of memory with backward" in out and "| -" in out and "nan" not in out
-    assert "dit as zigma:B/2: " in out
+    assert "dit as zigma:B/2, eager: " in out
 
 
 @pytest.mark.parametrize(
@@ -52,6 +80,7 @@ def test_out_of_memory(capsys: pytest.CaptureFixture, monkeypatch: pytest.Monkey
         (["--models", "zigme:B/2"], "expected one of dim, dimsum, zigma"),
         (["--models", "zigma:B/3"], "no preset 'B/3'; it has S/1"),
         (["--pixels", "100"], "multiple of 8"),
+        (["--modes", "eager", "captured"], "CUDA graphs, which cpu does not have"),
     ],
 )
 def test_mistakes(options: list[str], message: str) -> None:

@@ -39,6 +39,7 @@ FLOORS = [
         "genssm.values",
         "genssm.threads",
         "genssm.errors",
+        "genssm.graphs",
         "genssm.paths",
         "genssm.registration",
     },

@@ -136,7 +136,7 @@ def test_swapping_keeps_the_noise_schedule() -> None:
 def test_flow_times_are_exact() -> None:
     """diffusers' multistep solvers round the times of a flow down; the denoiser is called with the true ones."""
     scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
-    timesteps, times = set_times(scheduler, 7, torch.device("cpu"))
+    timesteps, times = set_times(scheduler, 7)
     torch.testing.assert_close(times, scheduler.sigmas[:-1] * 1000)
     assert timesteps.dtype == torch.int64
     assert (times - timesteps).max() > 0.1
@@ -144,7 +144,7 @@ def test_flow_times_are_exact() -> None:
 
 def test_euler_grid_ends_at_data() -> None:
     scheduler = FlowObjective().scheduler()
-    _, times = set_times(scheduler, 4, torch.device("cpu"))
+    _, times = set_times(scheduler, 4)
     torch.testing.assert_close(times, torch.tensor([1000.0, 750.0, 500.0, 250.0]))
     assert scheduler.sigmas[-1] == 0
 

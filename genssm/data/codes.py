@@ -16,6 +16,7 @@ import torch
 
 from genssm.data.blocks import open_folder
 from genssm.data.captions import Captions, draw_caption, from_folder, mirrors
+from genssm.devices import send
 from genssm.models import VQTokenizer
 from genssm.training.checkpoint import latest_checkpoint
 
@@ -164,13 +165,13 @@ class CachedCodes:
 
     def batch(self, indices: np.ndarray, keys: np.ndarray) -> Mapping[str, torch.Tensor | list[str]]:
         """The items ``indices`` with their keys (uint64), equal to those of the data set, stacked."""
-        rows = torch.from_numpy(indices).to(self.codes.device)
+        rows = send(torch.from_numpy(indices), self.codes.device)
         views, texts = (keys % np.uint64(self.views)).astype(np.int64), None
         if self.captions is not None:
             texts = [draw_caption(self.captions[i], int(key)) for i, key in zip(indices, keys)]
             if self.flip:
                 views = np.where([mirrors(text) for text in texts], views, views % (self.views // 2))
-        views = torch.from_numpy(views).to(self.codes.device)
+        views = send(torch.from_numpy(views), self.codes.device)
         batch: dict[str, torch.Tensor | list[str]] = {"codes": self.codes[rows, views].long()}
         if texts is not None:
             batch["text"] = texts

@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 
 from genssm.config import DataConfig, load_data_config
 from genssm.data import build_dataset
 from genssm.data.blocks import fill_folder
 from genssm.data.codes import load_tokenizer
 from genssm.data.transforms import to_model_range
-from genssm.devices import device_option
+from genssm.devices import device_option, means_cpu
 from genssm.errors import cli
 
 
@@ -122,8 +121,7 @@ def main() -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
     config = load_data_config(args.config, args.overrides)
-    # accelerate joins processes on the CPU only when told that the CPU is meant.
-    state = PartialState(cpu=args.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = PartialState(cpu=means_cpu(args.device))
     out = encode_codes(
         config,
         args.tokenizer,

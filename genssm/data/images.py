@@ -11,6 +11,7 @@ from PIL import Image
 from genssm.data.captions import draw_caption, mirrors
 from genssm.data.sources import READ_ERRORS, Source
 from genssm.data.transforms import ImageTransform, to_model_range
+from genssm.devices import send
 
 logger = logging.getLogger("genssm")
 
@@ -108,7 +109,7 @@ class CachedImages:
 
     def batch(self, indices: np.ndarray, keys: np.ndarray) -> Mapping[str, torch.Tensor | list[str]]:
         """The items ``indices`` with their keys (uint64), equal to those of the data set, stacked."""
-        rows = torch.from_numpy(indices).to(self.pixels.device)
+        rows = send(torch.from_numpy(indices), self.pixels.device)
         pixels = self.pixels[rows]
         texts = None
         if self.captions is not None:
@@ -117,7 +118,7 @@ class CachedImages:
             mirrored = (keys & np.uint64(1)).astype(bool)
             if texts is not None:
                 mirrored &= np.asarray([mirrors(text) for text in texts])
-            mirrored = torch.from_numpy(mirrored).to(self.pixels.device)
+            mirrored = send(torch.from_numpy(mirrored), self.pixels.device)
             pixels = torch.where(mirrored.reshape(-1, *[1] * (pixels.dim() - 1)), pixels.flip(-1), pixels)
         batch: dict[str, torch.Tensor | list[str]] = {"pixel_values": to_model_range(pixels)}
         if texts is not None:

@@ -17,6 +17,7 @@ import torch
 from genssm.data.codes import CachedCodes
 from genssm.data.images import CachedImages
 from genssm.data.packing import PackedRows, Row, join_rows
+from genssm.devices import send
 from genssm.errors import USER_ERRORS
 from genssm.training.seeding import derive, hash_integers, permutation
 
@@ -201,6 +202,6 @@ def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     def move(value: Any) -> Any:
         if isinstance(value, list):
             return [move(one) for one in value]
-        return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        return send(value, device) if isinstance(value, torch.Tensor) else value
 
     return {name: move(value) for name, value in batch.items()}

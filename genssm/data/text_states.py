@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from genssm.config import DataConfig, load_data_config
 from genssm.data import build_dataset
 from genssm.data.blocks import fill_folder, verify
-from genssm.devices import device_option
+from genssm.devices import device_option, means_cpu
 from genssm.errors import cli
 from genssm.text import encode_texts, load_frozen_encoder, tokenize
 
@@ -207,8 +206,7 @@ def main() -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
     config = load_data_config(args.config, args.overrides)
-    # accelerate joins processes on the CPU only when told that the CPU is meant.
-    state = PartialState(cpu=args.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = PartialState(cpu=means_cpu(args.device))
     out = encode_captions(
         config,
         args.encoder,

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list
 
-from genssm.devices import device_option
+from genssm.devices import device_option, means_cpu
 from genssm.metrics import benchmark_report as writing
 from genssm.metrics import report as reports
 from genssm.metrics.distances import cmmd, inception_score, precision_recall
@@ -455,9 +455,7 @@ def main(draw: Callable[[list[str]], None], arguments: Sequence[str] | None = No
         raise ValueError(f"--feature-batch-size is {options.feature_batch_size}; expected at least 1")
     read_sweep(options.sweep)
     refuse_clips(options.model)
-    # accelerate joins processes on the CPU only when told that the CPU is meant.
-    cpu = options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=cpu)
+    state = PartialState(cpu=means_cpu(options.device))
     device = torch.device(options.device) if options.device and state.num_processes == 1 else state.device
     benchmark = Benchmark(options, device)
     for name in dict.fromkeys(map(benchmark.network_of, benchmark.metrics)):

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 
 from genssm import errors
-from genssm.devices import device_option
+from genssm.devices import device_option, means_cpu
 from genssm.metrics import report as reports
 from genssm.metrics.features import RESIZE_MODES, ClassifierFeatures, FeatureExtractor, build_extractor
 from genssm.metrics.generated import (
@@ -270,9 +269,7 @@ def _collect(source: ImageSource, extractor: FeatureExtractor, options: argparse
 
 def join_processes(device: str | None) -> tuple[PartialState, str | torch.device]:
     """The processes of the command, and where this one computes: ``device``, if there is only one."""
-    # accelerate joins processes on the CPU only when told that the CPU is meant.
-    on_cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=on_cpu)
+    state = PartialState(cpu=means_cpu(device))
     return state, device if device and state.num_processes == 1 else state.device
 
 

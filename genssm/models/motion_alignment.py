@@ -72,5 +72,5 @@ def contrastive_loss(similarity: torch.Tensor, same: torch.Tensor) -> torch.Tens
     target = same.to(similarity.dtype)
     target = target / target.sum(-1, keepdim=True)  # symmetric, since "same" is an equivalence
     rows = -(target * similarity.log_softmax(-1)).sum(-1)
-    columns = -(target * similarity.transpose(0, 1).log_softmax(-1)).sum(-1)
+    columns = -(target * similarity.log_softmax(0)).sum(0)
     return rows + columns

@@ -54,12 +54,15 @@ class Task(ABC):
         component: its name in the pipeline folder.
         unit: what a batch counts.
         shardable: whether all that is trained is reached through the module that ``loss`` is given.
+        recordable: whether the module that ``loss`` is given does the same for every batch, and its loss needs no more
+            of it than what it returns, so that ``train.cuda_graph`` may replay it.
         measurable: whether ``pipeline(class_labels, num_images=...)`` draws images, which ``evaluate`` can measure.
     """
 
     component = "denoiser"
     unit = "images"
     shardable = True
+    recordable = True
     measurable = False
     dataset: Any
     model: nn.Module

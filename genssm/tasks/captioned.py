@@ -11,6 +11,7 @@ from torch import nn
 
 from genssm.config import RunConfig, TextConfig
 from genssm.data.text_states import TextStates
+from genssm.devices import send
 from genssm.models import CaptionTokenizer, TextEncoder
 from genssm.tasks.base import Tensors
 from genssm.text import encode_texts, load_frozen_encoder
@@ -164,7 +165,7 @@ class Captioned:
 
     def conditions(self, batch: dict[str, Any], numbers: Tensors) -> Tensors:
         """Labels, and the captions as far as the model reads them, (B, ...) each."""
-        rows = torch.tensor([self.row[text] for text in batch["text"]], device=self.device)
+        rows = send(torch.tensor([self.row[text] for text in batch["text"]]), self.device)
         present = self.written[rows]  # (B,)
         if "text_dropout" in numbers:
             present = present & (numbers["text_dropout"] >= self.config.text.dropout_prob)

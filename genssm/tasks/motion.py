@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from genssm.config import RunConfig, TextConfig
+from genssm.devices import send
 from genssm.models import MotionAlignment, TextEncoder
 from genssm.models.motion_alignment import contrastive_loss
 from genssm.pipelines import TextToMotionPipeline
@@ -244,7 +245,7 @@ class MotionDenoising(Task):
 
     def _rows(self, batch: dict[str, Any]) -> torch.Tensor:
         """Numbers of the captions of a batch, (B,)."""
-        return torch.tensor([self.rows[text] for text in batch["text"]], device=self.device)
+        return send(torch.tensor([self.rows[text] for text in batch["text"]]), self.device)
 
     def sketch(self, count: int) -> torch.Tensor:
         clean = torch.zeros(count, *self.item_shape)

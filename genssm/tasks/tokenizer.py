@@ -25,6 +25,7 @@ class TokenizerTraining(Task):
 
     component = "vqvae"
     shardable = False  # the codebook is moved from outside, after the step
+    recordable = False  # and from inside, with each batch
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         super().__init__(config, device)

@@ -9,6 +9,7 @@ import torch
 
 from genssm.config import RunConfig, differences, dump_config, get_value, iter_keys, load_config
 from genssm.training.checkpoint import TEMPORARY, latest_checkpoint, restore_replaced, write_text
+from genssm.values import write_yaml
 
 _NOT_NEGATIVE = (
     "train.lr_warmup_steps", "train.weight_decay", "train.max_grad_norm", "train.ema_decay", "train.class_dropout_prob",
@@ -111,6 +112,39 @@ def check_fit(
     for dotted in ("log.sample_every", "evaluate.every"):
         if get_value(config, dotted) and not decodes:
             raise ValueError(f"pictures of latents need a VAE; set data.vae to its folder, or {dotted}=0")
+
+
+def check_cuda_graph(config: RunConfig, recordable: bool, device: torch.device, processes: int) -> None:
+    """Refuse what a recorded step would get wrong, or cannot do.
+
+    Args:
+        config: the run, with ``train.cuda_graph``.
+        recordable: whether the model of the task does the same for every batch.
+        device: of the run.
+        processes: that share a batch.
+
+    Raises:
+        ValueError: another device, several processes, or an option that changes the model from step to step.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"train.cuda_graph needs a CUDA device, and this run is on {device.type}; set it to false")
+    if processes > 1:
+        raise ValueError(
+            f"train.cuda_graph is for one process, and {processes} share the batch: their gradients are exchanged "
+            "between the operations of the backward pass; set it to false"
+        )
+    for dotted, off, reason in (
+        ("train.layer_shuffle", 0, "draws orders anew in each step"),
+        ("train.compile", False, "makes graphs of its own"),
+        ("train.gradient_checkpointing", False, "sets random numbers back while a step runs"),
+        ("align.encoder", None, "watches a block from inside the model"),
+        ("data.pack_tokens", 0, "makes batches of many shapes"),
+        ("motion.pack_frames", 0, "makes batches of many shapes"),
+    ):
+        if get_value(config, dotted) != off:
+            raise ValueError(f"{dotted} {reason}; with train.cuda_graph set it to {write_yaml(off)}")
+    if not recordable:
+        raise ValueError(f"a step of model.name={config.model.name} cannot be recorded; set train.cuda_graph=false")
 
 
 def check_packing(config: RunConfig) -> None:

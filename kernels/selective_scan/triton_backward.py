@@ -8,8 +8,8 @@ With lambda_t = dLoss/dh_t (the adjoint state) and g_t the gradient that reaches
     ddelta_t = <lambda_t, A exp(delta_t A) h_{t-1}> + u_t <lambda_t, B_t>
 
 The states come back chunk by chunk from the checkpoints of the forward: a first walk keeps the state before every
-UNROLL steps in a scratch tile of the program's own, then, from the last of these back, the UNROLL states are computed
-again, held in registers and consumed in reverse.
+UNROLL steps in a scratch tile of the program's own, then, from the last of these back, the states between two of them
+are computed again, held in registers and consumed in reverse.
 """
 
 # ruff: noqa: RUF005 - Triton's compiler knows no starred tuples
@@ -27,6 +27,8 @@ from genssm.kernels.selective_scan.triton_tiles import (
     over_channels,
     over_states,
     prefetch,
+    prefetch_tile,
+    private_offsets,
     row_at,
     sigmoid,
     softplus,
@@ -38,6 +40,7 @@ from genssm.kernels.selective_scan.triton_tiles import (
     tile_mask,
     tile_offsets,
     tile_states,
+    trip_rows,
     vector_channels,
     vector_states,
 )
@@ -100,13 +103,6 @@ def _emit(value, final_at, partial_at, mask, k64, directions, ACCUMULATE: tl.con
         tl.store(partial_at, value, mask=only(mask, k64 < directions - 1))
         mask = only(mask, k64 == directions - 1)
     tl.store(final_at, value.to(final_at.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _add_to(pointers, value, mask, again):
-    """Add to what this program stored here for an earlier block of channels (``again``), or store."""
-    earlier = tl.load(pointers, mask=only(mask, again), other=0.0)
-    tl.store(pointers, value + earlier, mask=mask)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -266,8 +262,7 @@ def scan_backward_kernel(
     ddelta_sum,
     dz_sum,
     da,
-    db,
-    dc,
+    dbc,
     dskip,
     dbias,
     dinitial,
@@ -338,6 +333,7 @@ def scan_backward_kernel(
     STATES: tl.constexpr,
     CHUNK: tl.constexpr,
     PREFETCH: tl.constexpr,
+    AGAIN: tl.constexpr,
     UNROLL: tl.constexpr,
     EC: tl.constexpr,
     NI: tl.constexpr,
@@ -355,6 +351,7 @@ def scan_backward_kernel(
     GROUP_BLOCKS: tl.constexpr = (GROUP_CHANNELS + BLOCK - 1) // BLOCK
     SLOTS: tl.constexpr = CHUNK // UNROLL
     TILE: tl.constexpr = BLOCK * NI * NL
+    NV: tl.constexpr = min(NI, 4)  # states of an access to the scratch tiles
     block_program = tl.program_id(0) % block_programs
     pid = tl.program_id(0) // block_programs
     group = pid % GROUPS
@@ -370,9 +367,12 @@ def scan_backward_kernel(
         ev = ev.to(tl.int64)
         et = et.to(tl.int64)
     own = tile_offsets(CHANNELS, EC, NI, NL, EL)
+    pair = nv[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]  # dB and dC side by side
+    pair_mask = nv_mask[:, :, None] & tl.full([1, 1, 2], 1, tl.int1)
     nothing = zero.to(tl.float32)
-    all_lanes = tl.full([EC, NI, NL * EL], 1, tl.int1)
-    scratch_at = scratch + (tl.program_id(0).to(tl.int64) * (SLOTS * TILE) + zero) + tile_offsets(BLOCK, EC, NI, NL, EL)
+    scratch_near = scratch + tl.program_id(0).to(tl.int64) * (SLOTS * TILE)
+    scratch_at = scratch_near + private_offsets(zero, EC, NI, NL, EL)
+    all_lanes = tl.full(scratch_at.shape, 1, tl.int1)
 
     for block in range(block_program, GROUP_BLOCKS, block_programs):
         inside = block * BLOCK
@@ -385,6 +385,11 @@ def scan_backward_kernel(
             if orders is not None:
                 order = orders + k64 * length
             a2 = load_tile(a + k64 * a_k + (origin + zero) + own, own_mask, EC, NI, NL, EL) * LOG2E
+            # through memory into the layout of the scratch tiles, which all of the loop then takes
+            store_tile(scratch_at, a2, all_lanes, EC * NI // NV, NV, NL, EL)
+            tl.debug_barrier()
+            a2 = load_tile(scratch_at, all_lanes, EC, NI, NL, EL)
+            tl.debug_barrier()
             bias_e = 0.0
             if bias is not None:
                 bias_e = load_vector(bias + k64 * bias_k + origin + ev, ev_mask)
@@ -443,8 +448,8 @@ def scan_backward_kernel(
                     dz_sum_near = dz_sum + row_batch * dz_b + (origin + zero)
                     dz_sum_at = dz_sum_near + ev
                 slot = ((block_program * batch + row_batch) * directions + k64) * length
-                db_at = db + (slot * GROUPS + group) * STATES + nv
-                dc_at = dc + (slot * GROUPS + group) * STATES + nv
+                dbc_near = dbc + (slot * GROUPS + group) * (2 * STATES)
+                dbc_at = dbc_near + pair
 
                 kept = saved + (row_batch * directions + k64) * chunks * (STATES * CHANNELS) + (origin + zero)
                 low = first // CHUNK + segment * segment_chunks
@@ -467,6 +472,8 @@ def scan_backward_kernel(
                             prefetch(dd_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
                         if ADD_Z:
                             prefetch(dz_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
+                        if AGAIN:
+                            prefetch(dbc_near, rows_near, 2 * GROUPS * STATES, 1, 2 * STATES, 2 * NI * NL)
                         rows_near = steps_rows(order, (chunk - 1) * CHUNK + tl.arange(0, CHUNK), bottom, top, WIDE)
                     start = tl.maximum(chunk * CHUNK, first)
                     stop = tl.minimum((chunk + 1) * CHUNK, end)
@@ -476,15 +483,18 @@ def scan_backward_kernel(
                     if (borders is not None) & (initial is not None):
                         start_at = initial + s * i_s + k64 * i_k + origin * i_e + (et * i_e + nt * i_n)
                         h = h + load_tile(start_at, only(own_mask, chunk * CHUNK < first), EC, NI, NL, EL)
-                    for trip in range(trips - 1):
-                        store_tile(scratch_at + trip * TILE, h, all_lanes, EC, NI, NL, EL)
+                    next_rows = trip_rows(order, start, stop, WIDE, UNROLL)
+                    for trip in range(trips):
+                        store_tile(scratch_at + trip * TILE, h, all_lanes, EC * NI // NV, NV, NL, EL)
                         base = start + trip * UNROLL
+                        rows = next_rows
+                        next_rows = trip_rows(order, base + UNROLL, stop, WIDE, UNROLL)
                         seen = ()
                         us = ()
                         ds = ()
                         bs = ()
                         for i in tl.static_range(UNROLL):
-                            row = row_at(order, tl.minimum(base + i, stop - 1), WIDE)
+                            row = rows[i]
                             live = base + i < stop
                             e_mask = ev_mask
                             n_mask = nv_mask
@@ -500,17 +510,21 @@ def scan_backward_kernel(
                             _raw, step = _activated(ds[i], bias_e, seen[i], bias is not None, SOFTPLUS)
                             added = over_states(step * us[i]) * over_channels(bs[i])
                             h = tl.exp2(over_states(step) * a2) * h + added
-                    store_tile(scratch_at + (trips - 1) * TILE, h, all_lanes, EC, NI, NL, EL)
+                    after = h
                     tl.debug_barrier()  # another lane may read back what this one wrote
                     if PREFETCH:  # what the first walk of the next chunk reads
                         prefetch(u_near, rows_near, u_l, u_e, columns, BLOCK)
                         prefetch(d_near, rows_near, d_l, d_e, columns, BLOCK)
                         prefetch(b + b_shift, rows_near, b_l, b_n, STATES, NI * NL)
+                    next_rows = trip_rows(order, start + (trips - 1) * UNROLL, stop, WIDE, UNROLL)
                     for trip_back in range(trips):
                         trip = trips - 1 - trip_back
                         base = start + trip * UNROLL
+                        rows = next_rows
+                        next_rows = trip_rows(order, tl.maximum(base - UNROLL, start), stop, WIDE, UNROLL)
                         h = load_tile(scratch_at + trip * TILE, all_lanes, EC, NI, NL, EL)
-                        rows = ()
+                        if PREFETCH:  # what the next trip makes its states from
+                            prefetch_tile(scratch_near + tl.maximum(trip - 1, 0) * TILE, TILE)
                         seen = ()
                         gs = ()
                         us = ()
@@ -519,7 +533,7 @@ def scan_backward_kernel(
                         bs = ()
                         cs = ()
                         for i in tl.static_range(UNROLL):
-                            row = row_at(order, tl.minimum(base + i, stop - 1), WIDE)
+                            row = rows[i]
                             live = base + i < stop
                             e_mask = ev_mask
                             n_mask = nv_mask
@@ -527,7 +541,6 @@ def scan_backward_kernel(
                                 live = live & (row < limit)
                                 e_mask = only(ev_mask, live)
                                 n_mask = only(nv_mask, live)
-                            rows = rows + (row,)
                             seen = seen + (live,)
                             gs = gs + (tl.where(live, load_vector(g_at + row * g_l, e_mask), 0.0),)
                             us = us + (load_vector(u_at + row * u_l, e_mask),)
@@ -539,42 +552,42 @@ def scan_backward_kernel(
                         raws = ()
                         steps = ()
                         before = ()
-                        gates = ()
                         for i in tl.static_range(UNROLL):
                             raw, step = _activated(ds[i], bias_e, seen[i], bias is not None, SOFTPLUS)
                             raws = raws + (raw,)
                             steps = steps + (step,)
                             before = before + (h,)
-                            decayed = tl.exp2(over_states(step) * a2)
-                            h = decayed * h + over_states(step * us[i]) * over_channels(bs[i])
-                            if z is not None:
-                                gate = sigmoid(zs[i])
-                                gates = gates + (gate,)
-                                y = sum_states(h * over_channels(cs[i]))
-                                if skip is not None:
-                                    y = y + skip_e * us[i]
-                                value = gs[i] * y * gate * (1.0 + zs[i] * (1.0 - gate))
-                                row = rows[i] * CHANNELS
-                                mask = only(ev_mask, base + i < stop)
-                                _emit(value, dz_at + row, dz_sum_at + row, mask, k64, directions, ADD_Z)
-                        after = before + (h,)
+                            if i < UNROLL - 1:
+                                decayed = tl.exp2(over_states(step) * a2)
+                                h = decayed * h + over_states(step * us[i]) * over_channels(bs[i])
                         for i in tl.static_range(UNROLL - 1, -1, -1):
                             live = base + i < stop
+                            row = rows[i] * CHANNELS
+                            mask = only(ev_mask, live)
                             g = gs[i]
                             if z is not None:
-                                g = g * zs[i] * gates[i]
+                                gate = sigmoid(zs[i])
+                                y = sum_states(after * over_channels(cs[i]))
+                                if skip is not None:
+                                    y = y + skip_e * us[i]
+                                dz_t = g * y * gate * (1.0 + zs[i] * (1.0 - gate))
+                                _emit(dz_t, dz_at + row, dz_sum_at + row, mask, k64, directions, ADD_Z)
+                                g = g * zs[i] * gate
                             step = steps[i]
                             adjoint = adjoint + over_states(g) * over_channels(cs[i])
-                            shared = rows[i] * (GROUPS * STATES)
-                            again = live & (block != block_program)
-                            dc_t = sum_channels(over_states(g) * after[i + 1])
-                            _add_to(dc_at + shared, dc_t, only(nv_mask, live), again)
                             db_t = sum_channels(over_states(step * us[i]) * adjoint)
-                            _add_to(db_at + shared, db_t, only(nv_mask, live), again)
+                            dc_t = sum_channels(over_states(g) * after)
+                            both = tl.join(db_t, dc_t)
+                            both_at = dbc_at + rows[i] * (2 * GROUPS * STATES)
+                            if AGAIN:  # add to what this program stored for an earlier block of channels
+                                again = live & (block != block_program)
+                                both = both + tl.load(both_at, mask=only(pair_mask, again), other=0.0)
+                            tl.store(both_at, both, mask=only(pair_mask, live))
                             along_b = sum_states(adjoint * over_channels(bs[i]))
                             # `nothing` is zero, but unknown: a second exponential instead of a register
                             adjoint = adjoint * tl.exp2(over_states(step + nothing) * a2)
-                            flow = adjoint * before[i]
+                            after = before[i]
+                            flow = adjoint * after
                             a_sum = a_sum + over_states(step) * flow
                             du_t = step * along_b
                             if skip is not None:
@@ -585,8 +598,6 @@ def scan_backward_kernel(
                                 dd_t = dd_t * sigmoid(raws[i])
                             dd_t = tl.where(seen[i], dd_t, 0.0)
                             bias_sum = bias_sum + dd_t
-                            row = rows[i] * CHANNELS
-                            mask = only(ev_mask, live)
                             _emit(du_t, du_at + row, du_sum_at + row, mask, k64, directions, ADD_U)
                             _emit(dd_t, dd_at + row, dd_sum_at + row, mask, k64, directions, ADD_DELTA)
                     tl.debug_barrier()  # the next chunk overwrites the scratch tiles

@@ -58,6 +58,7 @@ _RUNTIME = [
     "directions",
     "direction_programs",
     "segments",
+    "segment_programs",
     "segment_chunks",
     "chunks",
     "zero",
@@ -121,6 +122,7 @@ def scan_forward_kernel(
     directions,
     direction_programs,
     segments,
+    segment_programs,
     segment_chunks,
     chunks,
     zero,
@@ -145,7 +147,7 @@ def scan_forward_kernel(
     """Scan one segment of one sequence for one block of channels.
 
     With OUTPUT: from the right initial state, writes results, checkpoints and the last state. Without: from zero,
-    writes only the segment's last state (``carry``) and its sum of delta (``decay``).
+    writes only the segment's last state (``carry``) and its sum of delta (``decay``); the last segment takes no part.
     ACCUMULATE: this program takes the directions one after the other and adds them in ``partial``, float32.
     """
     BLOCK: tl.constexpr = EC * EL
@@ -155,8 +157,8 @@ def scan_forward_kernel(
     work = tl.program_id(0) // BLOCKS
     first_direction = work % direction_programs
     work = work // direction_programs
-    segment = work % segments
-    s = (work // segments).to(tl.int64)
+    segment = work % segment_programs
+    s = (work // segment_programs).to(tl.int64)
     group = block // GROUP_BLOCKS
     inside = (block % GROUP_BLOCKS) * BLOCK  # first channel of the block, inside its group
     origin = (inside + group * GROUP_CHANNELS).to(tl.int64)
@@ -317,10 +319,10 @@ def scan_forward_kernel(
         else:
             place = sk * segments + segment
             store_tile(carry + place * (STATES * CHANNELS) + (origin + zero) + own, h, own_mask, EC, NI, NL, EL)
-            tl.store(decay + place * CHANNELS + origin + ev, total, mask=ev_mask)
+            tl.store(decay + place * CHANNELS + (origin + zero) + ev, total, mask=ev_mask)
 
 
-@triton.jit(do_not_specialize=["a_k", "i_s", "i_k", "directions", "segments", "zero"])
+@triton.jit(do_not_specialize=["a_k", "i_s", "i_k", "directions", "segments"])
 def chain_kernel(
     carry,
     decay,
@@ -333,36 +335,29 @@ def chain_kernel(
     i_n,
     directions,
     segments,
-    zero,
     REVERSE: tl.constexpr,
     CHANNELS: tl.constexpr,
     STATES: tl.constexpr,
     UNROLL: tl.constexpr,
-    EC: tl.constexpr,
-    NI: tl.constexpr,
-    NL: tl.constexpr,
-    EL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Replace what each segment adds to a zero state (``carry``) by the state it really starts from.
 
     x_0 = seed, x_{i+1} = exp(A decay_i) x_i + carry_i, then carry_i = x_i; from the last segment back with REVERSE.
+    Every state is a chain of its own, so a program takes BLOCK of the N x E as they come.
     """
-    origin = tl.program_id(0) * (EC * EL)
     sk = tl.program_id(1).to(tl.int64)
     k64 = sk % directions
-    s = sk // directions
-    ev = vector_channels(EC, EL) + origin
-    ev_mask = below(ev, CHANNELS, CHANNELS % (EC * EL) == 0)
-    own = tile_offsets(CHANNELS, EC, NI, NL, EL)
-    mask = tile_mask(origin, CHANNELS, STATES, EC, NI, NL, EL)
-    if seed is None:
-        x = tl.zeros([EC, NI, NL, EL], tl.float32)
-    else:
-        natural = (tile_channels(EC, NL, EL) + origin).to(tl.int64) * i_e + tile_states(NI, NL, EL) * i_n
-        x = load_tile(seed + s * i_s + k64 * i_k + natural, mask, EC, NI, NL, EL)
-    a2 = load_tile(a + k64 * a_k + (origin + zero) + own, mask, EC, NI, NL, EL) * LOG2E
-    carry = carry + sk * segments * (STATES * CHANNELS) + (origin + zero)
-    decay = decay + sk * segments * CHANNELS + zero
+    own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = own < STATES * CHANNELS
+    e = own % CHANNELS
+    x = tl.zeros([BLOCK], tl.float32)
+    if seed is not None:
+        natural = seed + (sk // directions) * i_s + k64 * i_k + e.to(tl.int64) * i_e + (own // CHANNELS) * i_n
+        x = tl.load(natural, mask=mask, other=0.0).to(tl.float32)
+    a2 = tl.load(a + k64 * a_k + own, mask=mask, other=0.0) * LOG2E
+    carry = carry + sk * segments * (STATES * CHANNELS) + own
+    decay = decay + sk * segments * CHANNELS + e
     for base in range(0, segments, UNROLL):
         added = ()
         decays = ()
@@ -370,12 +365,12 @@ def chain_kernel(
             at = tl.minimum(base + i, segments - 1)
             if REVERSE:
                 at = segments - 1 - at
-            added = added + (load_tile(carry + at * (STATES * CHANNELS) + own, mask, EC, NI, NL, EL),)
-            decays = decays + (load_vector(decay + at * CHANNELS + ev, ev_mask),)
+            added = added + (tl.load(carry + at.to(tl.int64) * (STATES * CHANNELS), mask=mask, other=0.0),)
+            decays = decays + (tl.load(decay + at.to(tl.int64) * CHANNELS, mask=mask, other=0.0),)
         for i in tl.static_range(UNROLL):
             at = tl.minimum(base + i, segments - 1)
             if REVERSE:
                 at = segments - 1 - at
-            live = base + i < segments
-            store_tile(carry + at * (STATES * CHANNELS) + own, x, only(mask, live), EC, NI, NL, EL)
-            x = tl.exp2(over_states(decays[i]) * a2) * x + added[i]
+            live = mask & (base + i < segments)
+            tl.store(carry + at.to(tl.int64) * (STATES * CHANNELS), x, mask=live)
+            x = tl.exp2(decays[i] * a2) * x + added[i]

@@ -1,9 +1,10 @@
 """The selective scan in Triton: tile sizes, buffers and launches. The kernels are in ``triton_forward`` and
 ``triton_backward``; the arguments are the canonical ones of `genssm.kernels.selective_scan.op`.
 
-Sizes depend on E, G, N and the device only. Where batch x channels (x directions) cannot fill the device, time is
-split into segments; where they can and directions share a result, one program takes the directions in turn and adds
-them without a buffer per direction. Nothing is added atomically, so two runs give the same bits.
+Sizes depend on E, G, N and the device; the forward has two, by the number of programs. Where batch x channels (x
+directions) cannot fill the device, time is split into segments; where they can and directions share a result, one
+program takes the directions in turn and adds them without a buffer per direction. Nothing is added atomically, so two
+runs give the same bits; a batch row alone may differ in the last bits from the same row in a batch.
 """
 
 import dataclasses
@@ -32,12 +33,16 @@ _NAME = "selective_scan"
 _OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 _LANES = 32
 _WINDOW = 4  # steps that are prefetched at a time
+_FORWARD_RESIDENT = 12  # programs of the forward on a multiprocessor
 _FORWARD_REGISTERS = 160  # of a lane; without a limit the compiler stops at 128 and waits more
 _BACKWARD_RESIDENT = 12  # programs of the backward on a multiprocessor
 _BACKWARD_REGISTERS = 168  # twelve programs on a multiprocessor are worth some spilled registers
 _FORWARD_ENOUGH, _BACKWARD_ENOUGH = 4, 6  # programs per multiprocessor from which on time is not split
+_FORWARD_FULL = 8  # programs per multiprocessor from which on the forward needs no smaller ones
 _WANTED = 16  # programs per multiprocessor to aim at when it is
+_CHAIN_BLOCK = 128  # states of a program that chains segments
 _SEGMENT_CHUNKS = 4  # shortest segment worth its second pass
+_SHORTEST_CHUNKS = 2  # of a segment of the forward
 _PARTIAL_BYTES = 4  # bytes of partial dB and dC per token and channel to stay under where the device stays full
 
 
@@ -123,15 +128,19 @@ def scan_forward(
     states, groups = A.shape[-1], B.shape[3]
     directions = directions_of(orders, u, delta, A, B, C, D, z, delta_bias)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    summed = reduce_sum and directions > 1
+    if block_e is None and state_lanes is None:
+        block_e, state_lanes = _forward_sizes(
+            sequences * groups, channels // groups, states, directions, summed, u.device
+        )
     tile = forward_tile(channels // groups, states, block_e, state_lanes)
     unroll = unroll or 4
     group_blocks = tile.blocks(channels // groups)
     saved = u.new_empty(saved_shape(batch, directions, length, channels, states, sequences), dtype=torch.float32)
     chunks = saved.shape[2]
     last = u.new_empty(sequences, directions, channels, states, dtype=torch.float32)
-    summed = reduce_sum and directions > 1
     programs = sequences * groups * group_blocks
-    plan = _split(programs, directions, summed, chunks, cu_seqlens, segments, _FORWARD_ENOUGH, u.device)
+    plan = _forward_split(programs, directions, summed, chunks, cu_seqlens, segments, u.device)
     in_turn = summed and plan.direction_programs == 1
     out = u.new_empty((batch, length, channels) if reduce_sum else (batch, directions, length, channels))
     target = out
@@ -185,6 +194,7 @@ def scan_forward(
             "directions": directions,
             "direction_programs": plan.direction_programs,
             "segments": plan.segments,
+            "segment_programs": plan.segments,
             "segment_chunks": plan.segment_chunks,
             "chunks": chunks,
             "zero": 0,
@@ -204,11 +214,12 @@ def scan_forward(
             **_OPTIONS,
             **register_limit(u.device, _FORWARD_REGISTERS),
         }
-        grid = (groups * group_blocks * plan.direction_programs * plan.segments * sequences,)
+        works = groups * group_blocks * plan.direction_programs * sequences
         if plan.segments > 1:
-            launch(scan_forward_kernel, grid, **arguments, OUTPUT=False)
-            _chain(carry, decay, a, initial_state, tile, reverse=False)
-        launch(scan_forward_kernel, grid, **arguments, OUTPUT=True)
+            local = {**arguments, "segment_programs": plan.segments - 1, "OUTPUT": False}
+            launch(scan_forward_kernel, (works * (plan.segments - 1),), **local)
+            _chain(carry, decay, a, initial_state, reverse=False)
+        launch(scan_forward_kernel, (works * plan.segments,), **arguments, OUTPUT=True)
         if target.ndim > out.ndim:
             out = target.sum(1).to(out.dtype)
     return out, last, saved
@@ -277,8 +288,7 @@ def scan_backward(
     per_token = [_Summed(x, directions, plan.direction_programs) for x in (u, delta, z)]
     new = functools.partial(u.new_empty, dtype=torch.float32)
     da = new(work_programs, directions, states, channels)
-    db = new(block_programs, batch, directions, length, groups, states)
-    dc = torch.empty_like(db)
+    dbc = new(block_programs, batch, directions, length, groups, states, 2)
     dskip = None if D is None else new(work_programs, directions, channels)
     dbias = None if delta_bias is None else new(work_programs, directions, channels)
     dinitial = None if initial_state is None else new(sequences, directions, channels, states)
@@ -314,7 +324,7 @@ def scan_backward(
                 "CHANNELS": channels,
                 "GROUP_CHANNELS": channels // groups,
                 "STATES": states,
-                "WIDE": wide(u, delta, B, C, z, g, db),
+                "WIDE": wide(u, delta, B, C, z, g, dbc),
                 "CHUNK": chunk,
                 "UNROLL": unroll,
                 **vars(tile),
@@ -325,7 +335,7 @@ def scan_backward(
                 decay = new(sequences, directions, plan.segments, channels)
                 grid = (groups * group_blocks * plan.segments * sequences * directions,)
                 launch(scan_adjoint_kernel, grid, carry=carry, decay=decay, **inputs, **_OPTIONS)
-                _chain(carry, decay, a, grad_last_state, tile, reverse=True)
+                _chain(carry, decay, a, grad_last_state, reverse=True)
             launch(
                 scan_backward_kernel,
                 (programs,),
@@ -349,8 +359,7 @@ def scan_backward(
                 ddelta_sum=per_token[1].partial,
                 dz_sum=per_token[2].partial,
                 da=da,
-                db=db,
-                dc=dc,
+                dbc=dbc,
                 dskip=dskip,
                 dbias=dbias,
                 dinitial=dinitial,
@@ -373,10 +382,12 @@ def scan_backward(
                 ADD_DELTA=per_token[1].in_turn,
                 ADD_Z=per_token[2].in_turn,
                 PREFETCH=compiled_for_nvidia(u.device.type),
+                AGAIN=block_programs < group_blocks,
             )
     du, ddelta, dz = (x.result() for x in per_token)
     dA = _sum(da, A.shape[0]).transpose(-1, -2).to(A.dtype).contiguous()
-    dB, dC = (_sum(part, x.shape[1], 1).to(x.dtype) for part, x in ((db, B), (dc, C)))
+    dbc = dbc[0] if block_programs == 1 else dbc.sum(0)
+    dB, dC = (_sum(part[None], x.shape[1], 1).to(x.dtype).contiguous() for part, x in zip(dbc.unbind(-1), (B, C)))
     dD = None if D is None else _sum(dskip, D.shape[0]).to(D.dtype)
     ddelta_bias = None if delta_bias is None else _sum(dbias, delta_bias.shape[0]).to(delta_bias.dtype)
     dinitial = None if dinitial is None else dinitial.to(initial_state.dtype)
@@ -440,6 +451,49 @@ def _split(
     return _Split(directions, -(-chunks // segment_chunks), segment_chunks)
 
 
+def _forward_sizes(
+    works: int, channels: int, states: int, directions: int, summed: bool, device: torch.device
+) -> tuple[int | None, int | None]:
+    """Channels of a program and lanes that share a channel's states, for ``works`` sequences x groups.
+
+    Half the channels with their states over two lanes make twice as many programs, each with more instructions: worth
+    it where there are few, and where twice as many are enough not to split time.
+    """
+    if not 8 < states <= 16 or channels % (2 * _LANES):
+        return None, None
+    enough, full = _FORWARD_ENOUGH * processors(device), _FORWARD_FULL * processors(device)
+    programs = works * channels // _LANES  # of half the channels
+    if not summed or programs < enough:
+        programs *= directions
+    return (_LANES, 2) if enough <= programs < 2 * full else (None, None)
+
+
+def _forward_split(
+    programs: int,
+    directions: int,
+    summed: bool,
+    chunks: int,
+    cu_seqlens: Tensor | None,
+    segments: int | None,
+    device: torch.device,
+) -> _Split:
+    """As `_split`; as many segments as make programs that all run at once, because a few more would run alone."""
+    if segments is None:
+        if summed and programs >= _FORWARD_ENOUGH * processors(device):
+            return _Split(1, 1, chunks)
+        segments = 1
+        programs *= directions
+        if 0 < programs < _FORWARD_ENOUGH * processors(device):
+            fitting = _FORWARD_RESIDENT * processors(device) // programs
+            segments = max(1, min(fitting, chunks // _SHORTEST_CHUNKS))
+    elif summed and segments == 1:
+        return _Split(1, 1, chunks)
+    if cu_seqlens is not None:
+        segments = 1  # packed sequences are the pieces already
+    segment_chunks = -(-chunks // segments)
+    return _Split(directions, -(-chunks // segment_chunks), segment_chunks)
+
+
 def _block_programs(group_blocks: int, groups: int, channels: int, states: int) -> int:
     """As many as the memory for partial dB and dC allows: a program of several blocks reads back and adds."""
     memory = _PARTIAL_BYTES * channels // (8 * states * groups)
@@ -447,11 +501,11 @@ def _block_programs(group_blocks: int, groups: int, channels: int, states: int) 
     return -(-group_blocks // (-(-group_blocks // programs)))
 
 
-def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, tile: Tile, reverse: bool) -> None:
+def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, reverse: bool) -> None:
     sequences, directions, segments, states, channels = carry.shape
     launch(
         chain_kernel,
-        (tile.blocks(channels), sequences * directions),
+        (-(-states * channels // _CHAIN_BLOCK), sequences * directions),
         carry=carry,
         decay=decay,
         a=a,
@@ -460,12 +514,11 @@ def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, tile: T
         **named("i", "sken", strides(seed, 4)),
         directions=directions,
         segments=segments,
-        zero=0,
         REVERSE=reverse,
         CHANNELS=channels,
         STATES=states,
-        UNROLL=4,
-        **vars(tile),
+        UNROLL=8,
+        BLOCK=_CHAIN_BLOCK,
         **_OPTIONS,
     )
 

@@ -81,6 +81,23 @@ def tile_offsets(STRIDE: tl.constexpr, EC: tl.constexpr, NI: tl.constexpr, NL: t
 
 
 @triton.jit
+def private_offsets(zero, EC: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr):
+    """Offsets of a tile that only one program sees: the lanes of an access are neighbours.
+
+    Where a lane holds at least four states, four are one access, of 16 bytes, and the shape is (EC * NI / 4, 4,
+    NL * EL); else it is the usual (EC, NI, NL * EL). The 2 claimed of the lanes is below that 4, so no access follows
+    it; it only tells the compiler to give the lanes of the warp to that axis.
+    """
+    if NI % 4 == 0:
+        fours = tl.arange(0, EC * NI // 4)[:, None] * (4 * NL * EL) + tl.arange(0, 4)[None, :]
+        lane = tl.arange(0, NL * EL) * 4
+        offsets = tl.max_contiguous(fours[:, :, None] + lane[None, None, :], [1, 4, 2])
+    else:
+        offsets = tile_offsets(EC * EL, EC, NI, NL, EL) + zero
+    return offsets
+
+
+@triton.jit
 def tile_mask(
     inside,
     CHANNELS: tl.constexpr,
@@ -202,6 +219,19 @@ def prefetch(base, rows, row_stride, column_stride, columns, WIDTH: tl.constexpr
         "prefetch.global.L1 [$1]; mov.b32 $0, 0;",
         "=r,l",
         [base + (rows[:, None] * row_stride + column[None, :] * column_stride)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def prefetch_tile(base, SIZE: tl.constexpr):
+    """Bring SIZE float32 from ``base`` on into the nearest cache, on NVIDIA devices."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [base + tl.arange(0, SIZE // 8) * 8],
         dtype=tl.int32,
         is_pure=False,
         pack=1,

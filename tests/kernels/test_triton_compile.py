@@ -155,15 +155,24 @@ def ssd_launches(
     return caught
 
 
-def conv_launches(taps: int, channels: int = 128, packed: bool = False, initial: bool = False) -> Caught:
+def conv_launches(
+    taps: int,
+    channels: int = 128,
+    packed: bool = False,
+    initial: bool = False,
+    lengths: bool = False,
+    directions: int = 2,
+) -> Caught:
     """Launches of a forward and a backward pass."""
     from genssm.kernels.causal_conv1d import triton_conv
 
     x = torch.zeros(1, 1, 40, channels, dtype=torch.bfloat16)
-    orders = torch.arange(40, dtype=torch.int32).expand(2, 40).contiguous()
+    orders = torch.arange(40, dtype=torch.int32).expand(directions, 40).contiguous()
     cu_seqlens = torch.tensor([0, 10, 40], dtype=torch.int32) if packed else None
-    start = torch.zeros(2 if packed else 1, 2, channels, taps - 1) if initial else None
-    given = (x, torch.zeros(1, channels, taps), torch.zeros(1, channels), True, orders, start, None, cu_seqlens, 2)
+    start = torch.zeros(2 if packed else 1, directions, channels, taps - 1) if initial else None
+    valid = torch.full((1,), 40, dtype=torch.int32) if lengths else None
+    given = (x, torch.zeros(1, channels, taps), torch.zeros(1, channels), True, orders, start, valid, cu_seqlens)
+    given = (*given, directions)
     with pytest.MonkeyPatch.context() as patch:
         caught = Caught().of(patch, triton_conv.conv_forward_kernel, triton_conv.conv_backward_kernel)
         out, last = triton_conv.conv_forward(*given)
@@ -186,6 +195,7 @@ OPTIONS = {
     "packed from states": {"states": 2, "packed": True, "initial": True},
     "lengths from states": {"states": 2, "lengths": True, "initial": True, "segments": 2, "dtype": torch.float16},
     "directions in turn": {"states": 2, "directions": 2, "segments": 1},
+    "narrow tile": {"states": 16, "directions": 2},
     "ragged sizes": {"states": 3, "channels": 21},
     "one state": {"states": 1},
     "65 states": {"states": 65},
@@ -197,6 +207,29 @@ OPTIONS = {
 def test_options_compile(options: dict) -> None:
     for kernel, arguments in scan_launches(**options, unroll=1):
         compile_for(kernel, arguments, ("cuda", 90, 32))
+
+
+@pytest.mark.parametrize(
+    ("works", "directions", "summed", "narrow"),
+    [
+        (64, 1, False, False),
+        (43, 1, False, True),  # 8 programs of 64 channels per multiprocessor: 1056
+        (11, 1, False, True),  # 4 of 32: 528
+        (10, 1, False, False),  # time is split
+        (10, 2, True, True),  # directions apart
+        (22, 2, True, True),  # in turn
+        (44, 2, True, False),
+    ],
+)
+def test_smaller_programs_where_they_are_few(
+    works: int, directions: int, summed: bool, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genssm.kernels.selective_scan import triton_scan
+
+    monkeypatch.setattr(triton_scan, "processors", lambda device: 132)
+    sizes = triton_scan._forward_sizes(works, 1536, 16, directions, summed, torch.device("cpu"))
+    assert sizes == ((32, 2) if narrow else (None, None))
+    assert triton_scan._forward_sizes(works, 1536, 1, directions, summed, torch.device("cpu")) == (None, None)
 
 
 @pytest.mark.parametrize("name", ["packed", "directions in turn", "65 states", "bare"])
@@ -212,25 +245,30 @@ def test_prefetching_compiles(name: str, arch: int, monkeypatch: pytest.MonkeyPa
         )
 
 
-@pytest.mark.parametrize(("packed", "taps"), [(False, 1), (True, 5)])
+@pytest.mark.parametrize(("packed", "taps"), [(False, 1), (True, 5), (False, 3)])
 def test_convolution_options_compile(packed: bool, taps: int) -> None:
-    for kernel, arguments in conv_launches(taps, channels=100, packed=packed, initial=True):
+    for kernel, arguments in conv_launches(taps, channels=100, packed=packed, initial=True, lengths=not packed):
         compile_for(kernel, arguments, ("cuda", 90, 32))
 
 
 def test_registers_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the sizes of the models: no spills in the forward (one slot of stack in Triton 3.8), few in the backward; with
-    what NVIDIA's devices prefetch."""
+    """At the sizes of the models: no spills in either tile of the scan's forward (one slot of stack in Triton 3.8), few
+    in its backward and in the convolution's; with what NVIDIA's devices prefetch."""
     from genssm.kernels.selective_scan import triton_scan
 
     monkeypatch.setattr(triton_scan, "compiled_for_nvidia", lambda device: True)
-    found = {}
-    for kernel, arguments in scan_launches(states=16, channels=1536, length=8) + conv_launches(4, channels=1536):
-        found[kernel.__name__] = resources(compile_for(kernel, arguments, ("cuda", 90, 32)))
-    assert found["scan_forward_kernel"]["REG"] <= 160
-    assert found["scan_backward_kernel"]["STACK"] <= 512
-    for name in ("scan_forward_kernel", "conv_forward_kernel", "conv_backward_kernel"):
-        assert found[name]["STACK"] <= 8
+    launches = scan_launches(states=16, channels=1536, length=8)
+    launches += conv_launches(4, channels=1536) + conv_launches(4, channels=1536, directions=1)
+    monkeypatch.setattr(triton_scan, "_FORWARD_FULL", 10**6)
+    launches += [launch for launch in scan_launches(states=16, channels=1536, length=8) if launch[1].get("NL") == 2]
+    for kernel, arguments in launches:
+        found = resources(compile_for(kernel, arguments, ("cuda", 90, 32)))
+        registers, stack = {"scan_backward_kernel": (168, 512), "conv_backward_kernel": (128, 64)}.get(
+            kernel.__name__, (160, 8)
+        )
+        assert found["REG"] <= registers, (kernel.__name__, found)
+        assert found["STACK"] <= stack, (kernel.__name__, found)
+    assert {arguments.get("NL") for _, arguments in launches} == {None, 1, 2, 4}
 
 
 @pytest.mark.parametrize("target", [TARGETS[i] for i in (0, 3, 4, 5, 7)], ids=lambda target: str(target[1]))

@@ -8,6 +8,7 @@ import torch
 from genssm.kernels.causal_conv1d import causal_conv1d
 from genssm.kernels.selective_scan import selective_scan
 from genssm.kernels.ssd import ssd
+from genssm.kernels.triton_launch import processors
 from tests.kernels.problems import Case, check_parity, conv_problem, rms_error, run, scan_problem, ssd_problem
 
 pytestmark = pytest.mark.gpu
@@ -41,6 +42,14 @@ def test_directions_in_turn(own: str) -> None:
     check_parity(selective_scan, scan_problem, case, "triton", "cuda")
 
 
+@pytest.mark.parametrize("directions", [1, 2])
+def test_smaller_programs(directions: int) -> None:
+    """Too few programs of 64 channels, enough of 32."""
+    batch = -(-6 * processors(torch.device("cuda")) // (1536 // 32))
+    case = Case(batch=batch, length=40, channels=1536, states=16, directions=directions, order="random", initial=True)
+    check_parity(selective_scan, scan_problem, case, "triton", "cuda", HALF)
+
+
 def test_blocks_in_turn() -> None:
     """Many states: several blocks of channels share the memory for dB and dC."""
     check_parity(selective_scan, scan_problem, Case(length=40, channels=256, states=64), "triton", "cuda")
@@ -51,8 +60,9 @@ def test_blocks_in_turn() -> None:
 def test_segments(segments: int, order: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from genssm.kernels.selective_scan import triton_scan
 
-    split = triton_scan._split
-    monkeypatch.setattr(triton_scan, "_split", lambda *given: split(*given[:5], segments, *given[6:]))
+    for name in ("_forward_split", "_split"):
+        split = getattr(triton_scan, name)
+        monkeypatch.setattr(triton_scan, name, lambda *given, of=split: of(*given[:5], segments, *given[6:]))
     case = Case(length=300, channels=70, states=16, directions=2, order=order, own="u", initial=True)
     check_parity(selective_scan, scan_problem, case, "triton", "cuda")
 

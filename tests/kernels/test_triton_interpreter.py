@@ -45,6 +45,8 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "segments": Case(batch=1, length=70, channels=4, states=3, directions=2, order="random", initial=True),
         "in turn": Case(batch=1, length=6, directions=3, order="random", initial=True),
+        "wide tile": Case(batch=1, length=5, channels=64, states=16, initial=True),
+        "narrow tile": Case(length=5, channels=64, states=16, directions=2, order="random", initial=True),
         "long trips": Case(batch=1, length=37, channels=4, states=2, order="random", lengths=(35,)),
         "blocks in turn": Case(batch=1, length=3, channels=70, states=2),
         "long offsets": Case(batch=1, length=5, directions=2, order="random", initial=True),
@@ -81,13 +83,18 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "convolution": {
         "bare, one token": Case(batch=1, length=1, channels=3, without="bias", activation=None),
-        "all": Case(length=11, channels=5, initial=True),
+        "all": Case(length=11, channels=5, directions=2, order="random", initial=True),
         "one tap": Case(length=5, channels=3, taps=1),
         "eight taps": Case(length=5, channels=3, taps=8, initial=True, order="random"),
         "all their own": Case(directions=2, order="random", own="x weight bias", initial=True),
         "shared": Case(batch=1, length=17, channels=130, directions=2, order="both"),
         "lengths": Case(batch=3, length=12, lengths=(7, 12, 0), directions=2, order="random", initial=True),
         "packed": Case(batch=1, length=21, cu_seqlens=(0, 1, 1, 3, 21), directions=2, order="both", initial=True),
+        "stretches": Case(batch=1, length=77, channels=3, directions=2, order="random", initial=True),
+        "lengths over stretches": Case(length=70, lengths=(66, 33), channels=3, directions=2, order="random"),
+        "packed over stretches": Case(
+            batch=1, length=75, cu_seqlens=(0, 31, 33, 64, 75), channels=3, directions=2, order="both", initial=True
+        ),
     },
 }
 
@@ -128,6 +135,7 @@ def _force(name: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(triton_scan, "_FORWARD_ENOUGH", 10**6)
         patch.setattr(triton_scan, "_BACKWARD_ENOUGH", 10**6)
         patch.setattr(triton_scan, "_SEGMENT_CHUNKS", 1)
+        patch.setattr(triton_scan, "_SHORTEST_CHUNKS", 1)
     if name == "in turn":
         patch.setattr(triton_scan, "_FORWARD_ENOUGH", 0)
         patch.setattr(triton_scan, "_BACKWARD_ENOUGH", 0)

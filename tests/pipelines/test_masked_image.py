@@ -1,5 +1,6 @@
 """Images by unmasking codes: same image in any batch, given codes stay, guidance, previews, saving, errors."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,29 @@ def test_codes_are_unmasked_step_by_step(pipe: MaskedImagePipeline) -> None:
     codes = pipe([0, 1], num_inference_steps=4, callback_on_step_end=callback, output_type="latent").images
     assert masked == [[14, 14], [11, 11], [6, 6], [0, 0]]
     assert torch.equal(codes, previous[0])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_steps_are_those_of_the_scheduler(schedule: str) -> None:
+    """Where m codes are equally likely, whichever is drawn is as sure: the same stay masked as in diffusers."""
+    pipe = make_pipe()
+    pipe.scheduler = scheduler = AmusedScheduler(32, schedule)
+    generator = torch.Generator().manual_seed(0)
+    likely = torch.stack([torch.randperm(16, generator=generator) + 1 for _ in range(5)])  # m, no two alike
+    logits = torch.where(torch.arange(32) < likely[..., None], 0.0, -math.inf)
+    codes = torch.full((5, 16), 32)
+    for i in range(5):
+        codes[i, : 4 * i] = 31  # the last image has nothing to fill in
+    shares = (codes == 32).float().mean(dim=1)
+    scheduler.set_timesteps(6, (0.0, 0.0))
+    for step, t in enumerate(scheduler.timesteps):
+        after = pipe._step(logits, step, codes, shares, torch.rand(5, 2, 16, generator=generator))
+        for i in range(4):
+            expected = scheduler.step(logits[i : i + 1], t, codes[i : i + 1], shares[i].item()).prev_sample[0]
+            assert torch.equal(after[i] == 32, expected == 32)
+        assert torch.equal(after[codes != 32], codes[codes != 32])
+        codes = after
+    assert (codes[codes != 31] < likely[codes != 31]).all()
 
 
 def test_given_codes_stay(pipe: MaskedImagePipeline) -> None:

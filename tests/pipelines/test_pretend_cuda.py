@@ -21,7 +21,7 @@ from tests.pipelines import (
     test_video,
 )
 from tests.pipelines.conftest import make_denoiser
-from tests.pretend_cuda import CUDA, WAITS, PretendCuda, PretendTensor
+from tests.pretend_cuda import CUDA, PASSING, WAITS, PretendCuda, PretendTensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
 IMAGE = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -67,7 +67,8 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     ),
     "single step": (
         lambda: classes("dpmsolver++-continuous", DiffusionObjective),
-        lambda pipe: pipe([0, 1], image=IMAGE, generator=seeds(2), output_type="pt", num_inference_steps=6),
+        lambda pipe: pipe([0, 1], image=IMAGE, generator=seeds(2), output_type="pt", num_inference_steps=6,
+                          cuda_graph=False),
     ),
     "text": (
         test_text_to_image.make_pipe,
@@ -156,6 +157,40 @@ def test_nothing_stays_behind_on_the_cpu(case: str, monkeypatch: pytest.MonkeyPa
     with PretendCuda():
         result = call(pipe.to(CUDA))
     assert torch.allclose(numbers(result), expected, atol=2e-3)
+
+
+WAITLESS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "flow": (classes, {"class_labels": [0, 1], "guidance_power": 2.0, "guidance_rescale": 0.5}),
+    "flow, Heun": (lambda: classes("heun"), {"class_labels": [0, 1]}),
+    "flow, own": (lambda: classes("ddim"), {"class_labels": [0, 1]}),
+    "DPM-Solver++": (lambda: classes("dpmsolver++", DiffusionObjective), {"class_labels": [0, 1]}),
+    "DDIM": (lambda: classes("ddim", DiffusionObjective), {"class_labels": [0, 1]}),
+    "Euler": (lambda: classes("euler", DiffusionObjective), {"class_labels": [0, 1]}),
+    "text": (test_text_to_image.make_pipe, {"prompt": ["a circle", ""]}),
+    "video": (test_video.make_pipe, {"class_labels": [0, 1]}),
+    "masked codes": (test_masked_image.make_pipe, {"class_labels": [0, 1], "top_k": 8, "top_p": 0.9}),
+    "motion": (test_text_to_motion.latent_pipeline, {"prompt": "walks", "seconds": 1.0}),
+    "frames of motion": (test_text_to_motion.frame_pipeline, {"prompt": "walks", "seconds": 1.0}),
+}
+
+
+@pytest.mark.parametrize("case", WAITLESS)
+def test_no_step_waits(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second step on the CPU hands over a step while the GPU is at work on the one before."""
+    monkeypatch.setenv("GENSSM_BACKEND", "chunked")
+    make, call = WAITLESS[case]
+    pipe = make()
+    pipe.set_progress_bar_config(disable=True)
+    waits: list[int] = []
+
+    def callback(pipe: Any, i: int, t: int, given: dict) -> dict:
+        waits.append(sum(wait not in PASSING for wait in WAITS))
+        return {}
+
+    with PretendCuda():
+        pipe.to(CUDA)(**call, guidance_scale=2.0, num_inference_steps=5, generator=seeds(1)[0],
+                      callback_on_step_end=callback)  # fmt: skip
+    assert len(waits) >= 5 and len(set(waits)) == 1, [wait for wait in WAITS if wait not in PASSING][waits[0] :]
 
 
 OFFLOADED = ("classes", "text in DiM", "text in DiMSUM", "codes", "masked codes", "tokenizer", "motion",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -243,6 +244,9 @@ def test_contrast_pulls_pairs_together() -> None:
     twins = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
     shared = torch.tensor([[5.0, 5.0, -5.0], [5.0, 5.0, -5.0], [-5.0, -5.0, 5.0]])
     assert contrastive_loss(shared, twins)[0] == pytest.approx(2 * np.log(2), abs=1e-3)
+    uneven, pairs = torch.randn(3, 3), torch.arange(3)
+    both = [cross_entropy(similarity, pairs, reduction="none") for similarity in (uneven, uneven.T)]
+    assert contrastive_loss(uneven, same).tolist() == pytest.approx((both[0] + both[1]).tolist(), rel=1e-5)
     alignment = MotionAlignment(7, 5, 8)
     padded = torch.randn(2, 12, 7)
     changed = padded.clone()

@@ -12,7 +12,8 @@ import train
 from genssm.metrics.classifier import train_classifier
 from genssm.metrics.sources import dataset_source
 from genssm.training.guard import NonFiniteError
-from tests.pretend_cuda import CUDA, PretendCuda
+from genssm.training.logging import MetricsLog
+from tests.pretend_cuda import CUDA, PASSING, WAITS, PretendCuda
 from tests.training.conftest import ROOT, forget_processes, metrics
 
 FEW = ("train.checkpointing_steps=2", "log.log_every=1", "log.sample_every=3", "log.num_inference_steps=3")
@@ -46,6 +47,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[], PretendCuda]:
 
     def enter() -> PretendCuda:
         monkeypatch.setattr(PartialState, "default_device", property(lambda self: CUDA))
+        monkeypatch.setattr(train, "means_cpu", lambda: False)
         monkeypatch.setattr(train, "device_name", str)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
         return PretendCuda()
@@ -66,6 +68,23 @@ def test_a_run_on_the_gpu(config: str, tmp_path: Path, pretend: Callable[[], Pre
     assert [line.pop("memory_gib") for line in found] == [1.0] * 3
     for line, other in zip(found, expected, strict=True):
         assert line == pytest.approx(other, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda':UserWarning")
+@pytest.mark.parametrize("config", ["zigma", "dim", "dimsum", "text", "motion_frames"])
+def test_a_step_waits_once(
+    config: str, tmp_path: Path, pretend: Callable[[], PretendCuda], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the verdict on the gradient of the step before, while its own work is under way."""
+    waits: list[list[str]] = []
+    plain = MetricsLog.step
+    monkeypatch.setattr(MetricsLog, "step", lambda self: (waits.append([*WAITS]), plain(self)))
+    path = ROOT / "configs" / "debug" / f"{config}.yaml"
+    options = ("train.max_train_steps=5", "train.train_batch_size=4", "log.log_every=100", "log.sample_every=0")
+    with pretend():
+        train.main(["--config", str(path), "--quiet", f"train.output_dir={tmp_path / 'run'}", *options])
+    for before, after in ((waits[1], waits[2]), (waits[2], waits[3])):
+        assert [wait for wait in after[len(before) :] if wait not in PASSING] == ["aten._local_scalar_dense.default"]
 
 
 def test_a_classifier_on_the_gpu() -> None:
