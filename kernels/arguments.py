@@ -9,6 +9,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def keep_state(state: Tensor, new: Tensor) -> None:
+    """Write a new state over the kept one, in its type; float16 keeps its largest number where its range ends."""
+    if state.dtype == torch.float16:
+        limit = torch.finfo(torch.float16).max
+        new = new.clamp(-limit, limit)
+    state.copy_(new)
+
+
 def shape(x: Tensor) -> tuple[int, ...]:
     """Shape as a plain tuple, for messages."""
     return tuple(x.shape)

@@ -12,6 +12,8 @@ from genssm.pipelines.denoising import Generators
 from genssm.pipelines.token_decoding import TokenDecoder, draw_uniform
 from genssm.pipelines.token_sampling import TokenSampling
 
+STATE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 class AutoregressiveImagePipeline(CodePipeline):
     """Class- or text-conditional and unconditional images from a model that draws codes one after the other.
@@ -62,6 +64,7 @@ class AutoregressiveImagePipeline(CodePipeline):
         generator: Generators = None,
         as_released: bool = False,
         cuda_graph: bool = True,
+        state_dtype: torch.dtype | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Mapping[str, torch.Tensor] | None] | None = None,
@@ -91,6 +94,9 @@ class AutoregressiveImagePipeline(CodePipeline):
             as_released: sample as the released code does: the temperature is ignored, guidance computed at any scale,
                 and both halves of the doubled batch are drawn with one generator.
             cuda_graph: replay the steps as a captured graph on CUDA; False runs the plain loop.
+            state_dtype: what the scans' states are kept in between codes, float32, float16 or bfloat16; None means
+                float16 for weights in half precision, float32 for others. The time of large batches is that of moving
+                the states.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent": the codes (B, T).
             return_dict: False returns a tuple.
             callback_on_step_end: called as ``callback(pipe, i, i, {"codes": ...})`` when code i is drawn; the codes
@@ -118,13 +124,15 @@ class AutoregressiveImagePipeline(CodePipeline):
         labels, num_images = self._resolve(class_labels, num_images, texts)
         self._check_call(num_images, generator, output_type, callback_on_step_end_tensor_inputs)
         self._check_given(codes, num_images)
+        if state_dtype not in (None, *STATE_DTYPES):
+            raise ValueError(f"state_dtype is {state_dtype}; expected {', '.join(map(str, STATE_DTYPES))} or None")
         if as_released and isinstance(generator, Sequence):
             raise ValueError("as_released draws all images with one generator; pass one, not a list")
         condition = self._condition(labels, texts, num_images, device)
         uniform = draw_uniform((num_images, tokens), None if as_released else generator, device)
 
         capture = cuda_graph and device.type == "cuda" and not as_released and not weights_move(self.model)
-        decoder = self._decoder_for(num_images, guided, sampling, device, as_released, capture)
+        decoder = self._decoder_for(num_images, guided, sampling, device, as_released, capture, state_dtype)
         codes = torch.zeros(num_images, 0, dtype=torch.int64) if codes is None else codes
         done = decoder.begin(condition, codes.to(device), uniform, scales, generator if as_released else None)
         with self.progress_bar(total=tokens) as bar:
@@ -176,12 +184,14 @@ class AutoregressiveImagePipeline(CodePipeline):
         device: torch.device,
         as_released: bool,
         capture: bool,
+        state_dtype: torch.dtype | None,
     ) -> TokenDecoder:
         """A decoder; one with a captured graph is kept as long as calls of its kind come and the weights stay put."""
+        kind = (num_images, guided, sampling, device)
         if not capture:
-            return TokenDecoder(self.model, num_images, guided, sampling, device, released_draws=as_released)
-        key = (num_images, guided, sampling, self.model.dtype, places(self.model))
+            return TokenDecoder(self.model, *kind, released_draws=as_released, state_dtype=state_dtype)
+        key = (*kind, state_dtype, self.model.dtype, places(self.model))
         if self._decoder is None or self._decoder[0] != key:
             self._decoder = None  # frees the memory of the old one first
-            self._decoder = key, TokenDecoder(self.model, num_images, guided, sampling, device, capture=True)
+            self._decoder = key, TokenDecoder(self.model, *kind, capture=True, state_dtype=state_dtype)
         return self._decoder[1]

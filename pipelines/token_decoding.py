@@ -50,6 +50,7 @@ class TokenDecoder:
         released_draws: draw as the released code does: from both halves of the doubled batch with one generator, the
             second half thrown away. Not under a graph.
         capture: run start and steps as captured CUDA graphs.
+        state_dtype: of the states that the model keeps; None leaves it to ``new_cache``.
     """
 
     def __init__(
@@ -62,12 +63,13 @@ class TokenDecoder:
         *,
         released_draws: bool = False,
         capture: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         tokens = model.num_tokens
         self.model, self.num_images, self.guided, self.sampling = model, num_images, guided, sampling
         self.released_draws = released_draws
         self.generator: torch.Generator | None = None
-        self.cache = model.new_cache(self.rows, device)
+        self.cache = model.new_cache(self.rows, device, state_dtype)
         self.codes = torch.zeros(num_images, tokens, dtype=torch.int64, device=device)
         self.previous = torch.zeros(self.rows, 1, dtype=torch.int64, device=device)
         self.uniform = torch.zeros(num_images, tokens, device=device)

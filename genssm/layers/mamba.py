@@ -6,6 +6,7 @@ import math
 import torch
 from torch import nn
 
+from genssm.kernels.arguments import keep_state
 from genssm.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from genssm.kernels.selective_scan import selective_scan, selective_scan_step
 from genssm.layers.directions import DepthwiseTaps, DirectedMixer, initial_dt_bias
@@ -158,7 +159,7 @@ class Mamba(DirectedMixer):
         if state is not None:
             with torch.no_grad():
                 conv.copy_(conv_last)
-                ssm.copy_(ssm_last)
+                keep_state(ssm, ssm_last)
         return self.out_proj(y)
 
     @torch.no_grad()
@@ -193,16 +194,17 @@ class Mamba(DirectedMixer):
         Args:
             batch_size: B.
             device: None means that of the parameters.
-            dtype: of both parts.
+            dtype: of the scan's state, float32 or a half precision, whose steps move fewer bytes and compute in float32
+                all the same; the convolution's has at least float32.
 
         Raises:
             ValueError: the mixer is bidirectional.
         """
         self.check_state()
         inner, width = self.conv1d.weight.shape[0], self.conv1d.weight.shape[-1]
-        options = {"device": device or self.out_proj.weight.device, "dtype": dtype}
-        conv = torch.zeros(batch_size, 1, inner, width - 1, **options)
-        return MambaState(conv, torch.zeros(batch_size, 1, inner, self.d_state, **options))
+        device, conv_dtype = device or self.out_proj.weight.device, torch.promote_types(dtype, torch.float32)
+        conv = torch.zeros(batch_size, 1, inner, width - 1, device=device, dtype=conv_dtype)
+        return MambaState(conv, torch.zeros(batch_size, 1, inner, self.d_state, device=device, dtype=dtype))
 
     def _project_steps(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """delta before bias and softplus (..., L, E), B and C (..., L, N), with each direction's own projections."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genssm.kernels.add_norm import add_norm
+from genssm.kernels.arguments import keep_state
 from genssm.kernels.causal_conv1d import causal_conv1d
 from genssm.kernels.mamba2_step import mamba2_step
 from genssm.kernels.row_linear import row_linear
@@ -192,7 +193,7 @@ class Mamba2(DirectedMixer):
         inputs = self._scan_inputs(mapped, dt, z)
         y, ssm = ssd(*inputs, **self._scan_options(), initial_state=state.ssm, **keep)
         state.conv.copy_(conv)
-        state.ssm.copy_(ssm)
+        keep_state(state.ssm, ssm)
         return self.out_proj(self.norm(y.flatten(-2)))
 
     @torch.no_grad()
@@ -224,15 +225,16 @@ class Mamba2(DirectedMixer):
         Args:
             batch_size: B.
             device: None means that of the parameters.
-            dtype: of both parts.
+            dtype: of the scan's state, float32 or a half precision, whose steps move fewer bytes and compute in float32
+                all the same; the convolution's has at least float32.
 
         Raises:
             ValueError: the mixer is bidirectional.
         """
         self.check_state()
-        options = {"device": device or self.out_proj.weight.device, "dtype": dtype}
-        conv = torch.zeros(batch_size, 1, self.sizes[1], self.d_conv - 1, **options)
-        return Mamba2State(conv, torch.zeros(batch_size, 1, *self.state_shape, **options))
+        device, conv_dtype = device or self.out_proj.weight.device, torch.promote_types(dtype, torch.float32)
+        conv = torch.zeros(batch_size, 1, self.sizes[1], self.d_conv - 1, device=device, dtype=conv_dtype)
+        return Mamba2State(conv, torch.zeros(batch_size, 1, *self.state_shape, device=device, dtype=dtype))
 
     def _scan_inputs(self, mapped: torch.Tensor, dt: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """x, dt, A, B, C, D and z of the scan, for all tokens or one."""

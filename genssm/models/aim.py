@@ -386,17 +386,27 @@ class AiM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x = self.norm_final(x, *vectors)
         return F.linear(x, self.code_embed()) if self.proj_out is None else self.proj_out(x)
 
-    def new_cache(self, batch_size: int, device: torch.device | str | None = None) -> AiMCache:
+    def new_cache(
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> AiMCache:
         """Buffers for decoding ``batch_size`` sequences (twice the images under guidance).
 
         Args:
             batch_size: B.
             device: None means that of the parameters.
+            state_dtype: what the scans' states are kept in from one code to the next; steps read and write little else,
+                and compute in float32 all the same. None means float16 for weights in half precision: it rounds eight
+                times finer than bfloat16, far below what such weights' activations are rounded to. Others keep float32.
         """
         width, device, dtype = self.config.hidden_size, device or self.device, self.dtype
+        if state_dtype is None:
+            state_dtype = torch.float16 if dtype in (torch.bfloat16, torch.float16) else torch.float32
         counts = [6 if self.config.mlp_hidden else 3] * len(self.blocks) + [2]
         return AiMCache(
-            states=[block.mixer.allocate_state(batch_size, device) for block in self.blocks],
+            states=[block.mixer.allocate_state(batch_size, device, state_dtype) for block in self.blocks],
             vectors=[torch.zeros(count, batch_size, 1, width, device=device, dtype=dtype) for count in counts],
             position=torch.zeros(1, dtype=torch.int64, device=device),
         )

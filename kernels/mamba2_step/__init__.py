@@ -35,7 +35,8 @@ def mamba2_step(
     Args:
         projected: (Bt, E + M + H), any float type.
         conv_state: the W - 1 inputs of the convolution before, oldest first, (Bt, 1, M, W - 1); updated in place.
-        ssm_state: h, (Bt, 1, H, P, N); updated in place.
+        ssm_state: h, (Bt, 1, H, P, N), any float type; updated in place. The arithmetic is float32 (float64 for float64
+            ``projected``); only what is kept is rounded, in float16 to at most its largest number.
         conv_weight: (M, W); the last tap multiplies the current token.
         conv_bias: (M,) or None.
         A_log, D, dt_bias: (H,).

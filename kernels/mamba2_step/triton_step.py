@@ -12,7 +12,8 @@ from genssm.kernels.triton_overlap import overlap, wait_for_inputs
 
 _NAME = "mamba2_step"
 _CONV_BLOCK = 256
-_TILE = 512  # elements of the state that a program, one warp, holds: many small ones keep the memory busiest
+_TILE = 2048  # bytes of the state that a program, one warp, holds: many small ones keep the memory busiest
+_LARGEST = tl.constexpr(65504.0)  # number in float16
 
 
 @triton.jit(do_not_specialize=["p_b", "c_b", "m_b"])
@@ -69,7 +70,10 @@ def scan_step_kernel(
     dt = softplus(dt + dt_shift)
     decay = tl.exp(-dt * rate)
     h = decay * before.to(tl.float32) + (dt * x)[:, None] * to_state[None, :]
-    tl.store(at, h, mask=mask)
+    kept = h
+    if state.dtype.element_ty == tl.float16:
+        kept = tl.clamp(h, -_LARGEST, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(at, kept, mask=mask)
     out = tl.sum(h * to_output[None, :], axis=1) + through * x
     tl.store(y + b * y_b + channel, out * gate * sigmoid(gate), mask=p_mask)
 
@@ -99,7 +103,7 @@ def step_triton(
     projected, conv_weight = projected.contiguous(), conv_weight.contiguous()
     mapped, y = projected.new_empty(batch, channels), projected.new_empty(batch, inner)
     block_n = max(16, triton.next_power_of_2(states))
-    block_p = max(4, min(triton.next_power_of_2(width), _TILE // block_n))
+    block_p = max(4, min(triton.next_power_of_2(width), _TILE // ssm_state.element_size() // block_n))
     early = overlap(projected.device)
     with device_of(projected):
         launch(

@@ -28,7 +28,8 @@ def selective_scan_step(
         h = exp(delta A) h + delta u B,     y = (C h + D u) silu(z), summed over directions
 
     Args:
-        state: h, (Bt, K, E, N), float32 (float64 for float64 ``u``), as `selective_scan` returns it; updated in place.
+        state: h, (Bt, K, E, N), float32 (float64 for float64 ``u``), as `selective_scan` returns it, or a half
+            precision to keep it in, see `mamba2_step`; updated in place.
         u: input, (Bt, E) or (Bt, K, E).
         delta: step size, (Bt, E) or (Bt, K, E).
         A: state matrix, (E, N) or (K, E, N).
@@ -67,7 +68,7 @@ def selective_scan_step(
     if delta_softplus:
         dt = softplus(dt)
     h = torch.exp(dt[..., None] * A) * h + (dt * u_)[..., None] * B  # (Bt, K, E, N)
-    state.copy_(h)
+    arguments.keep_state(state, h)
     y = (h * C).sum(dim=-1)  # (Bt, K, E)
     if D is not None:
         y = y + D * u_

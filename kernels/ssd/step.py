@@ -28,7 +28,8 @@ def ssd_step(
         h = exp(dt A) h + dt x B',     y = (h C + D x) silu(z), summed over directions
 
     Args:
-        state: h, (Bt, K, H, P, N), float32 (float64 for float64 ``x``), as `ssd` returns it; updated in place.
+        state: h, (Bt, K, H, P, N), float32 (float64 for float64 ``x``), as `ssd` returns it, or a half
+            precision to keep it in, see `mamba2_step`; updated in place.
         x: input, (Bt, H, P) or (Bt, K, H, P).
         dt: step size, (Bt, H) or (Bt, K, H).
         A: decay rates, (H,) or (K, H).
@@ -68,7 +69,7 @@ def ssd_step(
     if dt_softplus:
         dt = softplus(dt)
     h = torch.exp(dt * A)[..., None, None] * h + (dt[..., None] * x_)[..., None] * B  # (Bt, K, H, P, N)
-    state.copy_(h)
+    arguments.keep_state(state, h)
     y = (h * C).sum(dim=-1)  # (Bt, K, H, P)
     if D is not None:
         y = y + D[..., None] * x_

@@ -83,8 +83,46 @@ def test_errors() -> None:
         mamba2_step(**given, backend="triton")
 
 
+HALVES = {torch.float16: 1e-3, torch.bfloat16: 6e-3}  # twice what they round by
+
+
+@pytest.mark.parametrize("kept", HALVES, ids=str)
+def test_a_narrow_state_is_rounded_when_kept(kept: torch.dtype) -> None:
+    """The output comes from the state before that."""
+    given = problem(SIZES[0])
+    given["projected"] = given["projected"][:, 0]
+    narrow = {**given, "ssm_state": given["ssm_state"].to(kept), "conv_state": given["conv_state"].clone()}
+    given["ssm_state"] = narrow["ssm_state"].double()
+    torch.testing.assert_close(mamba2_step(**narrow), mamba2_step(**given))
+    assert torch.equal(narrow["ssm_state"], given["ssm_state"].to(kept))
+
+
+def saturation(device: str, backend: str) -> None:
+    """In float16 a state that grows beyond the range stops at its end."""
+    given = problem(SIZES[0], torch.float32, length=1)
+    given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    given["projected"], given["ssm_state"] = 300 * given["projected"][:, 0], given["ssm_state"].half()
+    mamba2_step(**given, backend=backend)
+    largest = given["ssm_state"].abs().max().item()
+    assert largest == 65504, largest
+
+
+def test_saturation() -> None:
+    saturation("cpu", "reference")
+
+
 def compare_with_triton(device: str, dtype: torch.dtype) -> None:
     """Outputs and both states after two steps, for every size."""
+    saturation(device, "triton")
+    for kept, bound in HALVES.items():
+        for sizes in SIZES:
+            given = problem(sizes, torch.float32, length=1)
+            given["projected"], given["ssm_state"] = given["projected"][:, 0], given["ssm_state"].to(kept)
+            placed = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+            exact = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+            assert rms_error(mamba2_step(**placed, backend="triton"), mamba2_step(**exact)) < 1e-5
+            assert placed["ssm_state"].dtype == kept
+            assert rms_error(placed["ssm_state"], exact["ssm_state"]) < bound
     for sizes in SIZES:
         for bias in (True, False)[: 1 + (sizes == SIZES[0])]:
             exact = problem(sizes, bias=bias)
@@ -115,13 +153,18 @@ def test_parity_in_the_interpreter() -> None:
 
 @triton_missing
 @pytest.mark.parametrize("target", [TARGETS[i] for i in (0, 3, 4, 7)], ids=lambda target: str(target[1]))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiles(target: tuple, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float16), (torch.bfloat16, torch.bfloat16)],
+    ids=str,
+)
+def test_compiles(target: tuple, dtype: torch.dtype, kept: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from genssm.kernels.mamba2_step import triton_step
 
     caught = Caught().of(monkeypatch, triton_step.conv_step_kernel, triton_step.scan_step_kernel)
     given = problem((2, 4, 64, 128, 1, 4), torch.float32)
     projected = given.pop("projected")[:, 0].to(dtype)
+    given["ssm_state"] = given["ssm_state"].to(kept)
     triton_step.step_triton(projected, *given.values())
     assert len(caught) == 2
     for kernel, arguments in caught:

@@ -110,6 +110,19 @@ def test_prefill_and_steps_equal_the_whole() -> None:
     assert state.ssm.shape == (2, 1, 6, 4, 3) and state.conv.shape == (2, 1, 24 + 12, 3)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)], ids=str)
+def test_a_narrow_state_follows_a_wide_one(dtype: torch.dtype, bound: float) -> None:
+    mixer, hidden = build().float(), torch.randn(2, 40, 12)
+    whole = mixer(hidden)
+    state = mixer.allocate_state(2, dtype=dtype)
+    parts = [mixer(hidden[:, :5], state=state)]
+    parts += [mixer.step(token, state)[:, None] for token in hidden[:, 5:].unbind(1)]
+    assert state.ssm.dtype == dtype and state.conv.dtype == torch.float32
+    error = (torch.cat(parts, dim=1) - whole).norm() / whole.norm()
+    assert error < bound
+    torch.testing.assert_close(parts[0], whole[:, :5])
+
+
 def test_states_are_refused_where_none_can_be_kept() -> None:
     hidden = torch.randn(2, 4, 12, dtype=torch.float64)
     with pytest.raises(ValueError, match="a state is kept along one direction"):

@@ -71,6 +71,25 @@ def test_one_code_at_a_time_equals_the_whole(changes: dict, device: torch.device
             assert int(cache.position) == 11
 
 
+@pytest.mark.parametrize("changes", [{}, {"mixer": "mamba", "headdim": None}], ids=str)
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("asked", [None, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_type_of_the_states(changes: dict, weights: torch.dtype, asked: torch.dtype | None) -> None:
+    model = make_model(**changes).to(weights)
+    inputs = inputs_of(model)
+    codes = inputs.pop("codes")
+    cache = model.new_cache(2, state_dtype=asked)
+    expected = asked or (torch.float32 if weights == torch.float32 else torch.float16)
+    with torch.no_grad():
+        whole = model(codes, **inputs).logits
+        parts = [model(codes[:, :3], **inputs, cache=cache).logits]
+        parts += [model(codes[:, i : i + 1], cache=cache).logits for i in range(3, 11)]
+    assert all(state.ssm.dtype == expected and state.conv.dtype == torch.float32 for state in cache.states)
+    error = ((torch.cat(parts, dim=1) - whole).norm() / whole.norm()).item()
+    bounds = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+    assert error < (bounds[expected] if weights == torch.float32 else 5e-2)
+
+
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_later_codes_change_nothing_before(changes: dict) -> None:
     model = make_model(**changes)

@@ -267,6 +267,7 @@ def test_errors(pipe: AutoregressiveImagePipeline) -> None:
         ({"generator": generators(range(3))}, "3 generators for 2 images"),
         ({"generator": generators(range(2)), "as_released": True}, "draws all images with one generator"),
         ({"output_type": "gif"}, "output_type"),
+        ({"state_dtype": torch.int8}, "state_dtype is torch.int8; expected torch.float32, torch.float16"),
         ({"prompt_embeds": torch.zeros(2, 1, 6)}, "reads no text"),
         ({"callback_on_step_end_tensor_inputs": ["latents"]}, "a callback cannot be given"),
     ):
@@ -295,7 +296,10 @@ def test_inverted_cdf_never_draws_the_impossible() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("call", [{}, FILTERED, {"guidance_scale": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "call", [{}, FILTERED, {"guidance_scale": 2.0}, {"state_dtype": torch.float32}, {"state_dtype": torch.bfloat16}],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_captured_graph_draws_what_the_plain_loop_draws(call: dict, dtype: torch.dtype) -> None:
     pipe = make_pipe().to("cuda")
