@@ -16,7 +16,9 @@ _LETTERS = "BxHxPxN"
 _SHAPES = {"cuda": ("16x24x64x128", "128x24x64x128", "16x48x64x128"), "cpu": ("2x4x16x16",)}
 
 
-def arguments(sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def arguments(
+    sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype, state_dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Inputs of a step; batch, heads, channels of a head, state."""
     batch, heads, width, states = sizes
     generator = torch.Generator().manual_seed(0)
@@ -28,7 +30,7 @@ def arguments(sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) 
     return {
         "projected": random(batch, heads * width + channels + heads).to(dtype),
         "conv_state": random(batch, 1, channels, 3),
-        "ssm_state": random(batch, 1, heads, width, states),
+        "ssm_state": random(batch, 1, heads, width, states).to(state_dtype),
         "conv_weight": random(channels, 4).to(dtype),
         "conv_bias": random(channels).to(dtype),
         "A_log": random(heads),
@@ -54,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default=device_type, help="default: %(default)s")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--state-dtype", default="float16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--shapes", nargs="+", default=list(_SHAPES[device_type]), metavar=_LETTERS)
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -65,7 +68,7 @@ def main() -> None:
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
     for shape in shapes:
-        inputs = arguments(shape, device, dtype)
+        inputs = arguments(shape, device, dtype, getattr(torch, args.state_dtype))
         traffic = 2 * inputs["ssm_state"].nbytes
         for backend in backends:
             call = functools.partial(mamba2_step, **inputs, backend=backend)
