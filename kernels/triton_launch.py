@@ -80,16 +80,6 @@ def processors(device: torch.device) -> int:
     return _processor_count(device.type, device.index or 0)
 
 
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program can have, of NVIDIA's devices."""
-    return _shared_memory(device.index or 0)
-
-
-@functools.cache
-def _shared_memory(index: int) -> int:
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
-
-
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device; make that the one of the inputs."""
     return contextlib.nullcontext() if x.device.type == "cpu" else getattr(torch, x.device.type).device_of(x)
@@ -98,22 +88,6 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager:
 def compiled_for_nvidia(device: str) -> bool:
     """Whether kernels become NVIDIA's binaries on a type of device; the interpreter takes tensors of any device."""
     return device == "cuda" and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1"
-
-
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-def overlaps(device: torch.device) -> bool:
-    """Whether a kernel may begin before the one before it has ended: NVIDIA's devices from sm_90 on."""
-    return _overlaps(device.type, device.index or 0)
-
-
-# A constant to torch.compile, as the choice of a backend is.
-@torch.compiler.assume_constant_result
-def _overlaps(kind: str, index: int) -> bool:
-    return compiled_for_nvidia(kind) and _capability(index) >= (9, 0)
 
 
 def register_limit(device: torch.device, registers: int) -> dict[str, int]:

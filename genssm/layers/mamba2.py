@@ -9,8 +9,7 @@ from torch import nn
 from genssm.kernels.add_norm import add_norm
 from genssm.kernels.arguments import keep_state
 from genssm.kernels.causal_conv1d import causal_conv1d
-from genssm.kernels.mamba2_step import mamba2_step
-from genssm.kernels.row_linear import row_linear
+from genssm.kernels.mamba2_step import fill_windows, mamba2_step, read_windows
 from genssm.kernels.ssd import ssd
 from genssm.layers.directions import DepthwiseTaps, DirectedMixer, initial_dt_bias
 from genssm.layers.modulation import product_dtype, upcast
@@ -45,25 +44,24 @@ class GroupRMSNorm(nn.Module):
         return (x * upcast(self.weight)).to(self.weight.dtype)
 
 
-def few_rows(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``linear(x)`` for x (R, K), by the operator for few rows where the layer is nothing but its weights."""
-    bare = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and "forward" not in vars(linear)
-    if bare and not (linear._forward_hooks or linear._forward_pre_hooks) and product_dtype(x) is None:
-        return row_linear(x, linear.weight, linear.bias)
-    return linear(x)
-
-
 @dataclasses.dataclass
 class Mamba2State:
     """What a mixer keeps between tokens; updated in place.
 
     Args:
-        conv: the W - 1 latest tokens before the convolution, oldest first, (B, 1, M, W - 1).
+        conv: two windows of the convolution's inputs, (B, 2, M, W), read and written in turns.
+        turns: which one is to be read, (B, E), uint8; see :func:`genssm.kernels.mamba2_step.mamba2_step`.
         ssm: state of the scan, (B, 1, H, P, N).
     """
 
     conv: torch.Tensor
+    turns: torch.Tensor
     ssm: torch.Tensor
+
+    @property
+    def window(self) -> torch.Tensor:
+        """The W - 1 latest inputs of the convolution, oldest first, (B, 1, M, W - 1), a copy."""
+        return read_windows(self.conv, self.turns)
 
 
 class Mamba2(DirectedMixer):
@@ -189,10 +187,10 @@ class Mamba2(DirectedMixer):
         """Mix the tokens (B, L, D) that follow ``state``, and advance it."""
         z, mapped, dt = self.in_proj(hidden_states).split(self.sizes, dim=-1)
         keep = {"orders": orders, "return_last_state": True}
-        mapped, conv = causal_conv1d(mapped, *self.taps(), activation="silu", initial_state=state.conv, **keep)
+        mapped, conv = causal_conv1d(mapped, *self.taps(), activation="silu", initial_state=state.window, **keep)
         inputs = self._scan_inputs(mapped, dt, z)
         y, ssm = ssd(*inputs, **self._scan_options(), initial_state=state.ssm, **keep)
-        state.conv.copy_(conv)
+        fill_windows(state.conv, state.turns, conv)
         keep_state(state.ssm, ssm)
         return self.out_proj(self.norm(y.flatten(-2)))
 
@@ -212,10 +210,10 @@ class Mamba2(DirectedMixer):
         """
         self.check_state()
         y = mamba2_step(
-            few_rows(self.in_proj, hidden_states), state.conv, state.ssm, *self.taps(),
+            self.in_proj(hidden_states), state.conv, state.turns, state.ssm, *self.taps(),
             self.A_log, self.D, self.dt_bias, ngroups=self.map_shape[0],
         )  # (B, E)  # fmt: skip
-        return few_rows(self.out_proj, self.norm(y))
+        return self.out_proj(self.norm(y))
 
     def allocate_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
@@ -226,15 +224,18 @@ class Mamba2(DirectedMixer):
             batch_size: B.
             device: None means that of the parameters.
             dtype: of the scan's state, float32 or a half precision, whose steps move fewer bytes and compute in float32
-                all the same; the convolution's has at least float32.
+                all the same. Windows of the convolution have the type of its taps, which is that of its inputs.
 
         Raises:
             ValueError: the mixer is bidirectional.
         """
         self.check_state()
-        device, conv_dtype = device or self.out_proj.weight.device, torch.promote_types(dtype, torch.float32)
-        conv = torch.zeros(batch_size, 1, self.sizes[1], self.d_conv - 1, device=device, dtype=conv_dtype)
-        return Mamba2State(conv, torch.zeros(batch_size, 1, *self.state_shape, device=device, dtype=dtype))
+        device, taps = device or self.out_proj.weight.device, self.conv1d.weight
+        return Mamba2State(
+            torch.zeros(batch_size, 2, self.sizes[1], self.d_conv, device=device, dtype=taps.dtype),
+            torch.zeros(batch_size, self.sizes[0], device=device, dtype=torch.uint8),
+            torch.zeros(batch_size, 1, *self.state_shape, device=device, dtype=dtype),
+        )
 
     def _scan_inputs(self, mapped: torch.Tensor, dt: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """x, dt, A, B, C, D and z of the scan, for all tokens or one."""

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from genssm.kernels.add_norm.op import modulated_dtypes, product_dtype, stream_dtype
 from genssm.kernels.triton_launch import device_of, launch, named, processors, refuse_double
-from genssm.kernels.triton_overlap import overlap, wait_for_inputs
 
 _NAME = "add_norm"
 _LARGEST = 16384  # channels that a program can hold
@@ -60,7 +59,6 @@ def norm_forward_kernel(
     h_b, h_l, x_b, x_l, gate_b, gate_l, shift_b, shift_l, scale_b, scale_l, length,
     PRODUCT: tl.constexpr, STREAM: tl.constexpr, NORMED: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
     LAYER: tl.constexpr, EPS: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One token."""
     row = tl.program_id(0)
@@ -68,7 +66,6 @@ def norm_forward_kernel(
     at = row.to(tl.int64) * D
     e = tl.arange(0, BLOCK)
     mask = e < D
-    wait_for_inputs(OVERLAP)
     t = load_row(h, b, l, h_b, h_l, e, D, ALIGNED)
     if x is not None:
         added = load_row(x, b, l, x_b, x_l, e, D, ALIGNED)
@@ -208,7 +205,6 @@ def norm_forward(
                 SCALED=_TYPES[scaled],
                 SHIFTED=_TYPES[shifted],
                 num_warps=_warps(common["BLOCK"], 16),
-                **overlap(h.device),
                 enable_fp_fusion=False,  # a product is rounded before something is added to it, as in PyTorch
             )
     return new_h, y, n

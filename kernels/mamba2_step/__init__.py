@@ -1,19 +1,21 @@
 """One token through a Mamba-2 mixer, from its input projection to its gate. See README.md here."""
 
+import torch
 from torch import Tensor
 
 from genssm.kernels import arguments, dispatch
 from genssm.kernels.mamba2_step import op as _op
-from genssm.kernels.mamba2_step.reference import step_reference
+from genssm.kernels.mamba2_step.reference import fill_windows, read_windows, step_reference
 
-__all__ = ["mamba2_step"]
+__all__ = ["fill_windows", "mamba2_step", "read_windows"]
 
 _NAME = "mamba2_step"
 
 
 def mamba2_step(
     projected: Tensor,
-    conv_state: Tensor,
+    conv_windows: Tensor,
+    conv_turns: Tensor,
     ssm_state: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
@@ -34,7 +36,11 @@ def mamba2_step(
 
     Args:
         projected: (Bt, E + M + H), any float type.
-        conv_state: the W - 1 inputs of the convolution before, oldest first, (Bt, 1, M, W - 1); updated in place.
+        conv_windows: two windows of the convolution's inputs, (Bt, 2, M, W), any float type; updated in place. One
+            holds the W - 1 inputs before the new token, oldest first (its last column has no meaning), the other one is
+            written. `read_windows` and `fill_windows` translate to and from the states of `causal_conv1d`.
+        conv_turns: which window is read, 0 or 1, (Bt, E), uint8; updated in place. It is the same for all channels of a
+            sample: every part of a step has its own, which no other part reads.
         ssm_state: h, (Bt, 1, H, P, N), any float type; updated in place. The arithmetic is float32 (float64 for float64
             ``projected``); only what is kept is rounded, in float16 to at most its largest number.
         conv_weight: (M, W); the last tap multiplies the current token.
@@ -57,7 +63,8 @@ def mamba2_step(
     mapped = heads * width + 2 * ngroups * states
     expected = {
         "projected": (projected, (batch, heads * width + mapped + heads)),
-        "conv_state": (conv_state, (batch, 1, mapped, conv_weight.shape[-1] - 1)),
+        "conv_windows": (conv_windows, (batch, 2, mapped, conv_weight.shape[-1])),
+        "conv_turns": (conv_turns, (batch, heads * width)),
         "conv_weight": (conv_weight, (mapped, conv_weight.shape[-1])),
         "A_log": (A_log, (heads,)),
         "D": (D, (heads,)),
@@ -69,5 +76,7 @@ def mamba2_step(
     for name, (x, shape) in expected.items():
         if x.shape != shape:
             raise ValueError(f"{_NAME}: {name} is {arguments.shape(x)}, expected {shape}")
-    args = (projected, conv_state, ssm_state, conv_weight, conv_bias, A_log, D, dt_bias, ngroups)
+    if conv_turns.dtype != torch.uint8:
+        raise ValueError(f"{_NAME}: conv_turns are {conv_turns.dtype}, expected torch.uint8")
+    args = (projected, conv_windows, conv_turns, ssm_state, conv_weight, conv_bias, A_log, D, dt_bias, ngroups)
     return _op.step(*args) if dispatch.resolve(_NAME, backend, projected) == "triton" else step_reference(*args)

@@ -29,7 +29,8 @@ def arguments(
     channels = heads * width + 2 * states
     return {
         "projected": random(batch, heads * width + channels + heads).to(dtype),
-        "conv_state": random(batch, 1, channels, 3),
+        "conv_windows": random(batch, 2, channels, 4).to(dtype),
+        "conv_turns": torch.zeros(batch, heads * width, dtype=torch.uint8, device=device),
         "ssm_state": random(batch, 1, heads, width, states).to(state_dtype),
         "conv_weight": random(channels, 4).to(dtype),
         "conv_bias": random(channels).to(dtype),
@@ -42,7 +43,7 @@ def arguments(
 def check(backend: str, device: torch.device, dtype: torch.dtype) -> None:
     """Three steps of ``backend`` against float64."""
     inputs = arguments((3, 4, 24, 20), torch.device("cpu"), dtype)
-    exact = {name: x.double() for name, x in inputs.items()}
+    exact = {name: x.double() if x.is_floating_point() else x.clone() for name, x in inputs.items()}
     placed = {name: x.clone().to(device) for name, x in inputs.items()}
     found = {f"y{i}": mamba2_step(**placed, backend=backend) for i in range(3)}
     expected = {f"y{i}": mamba2_step(**exact, backend="reference") for i in range(3)}

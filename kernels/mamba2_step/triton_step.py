@@ -1,4 +1,4 @@
-"""One token through a Mamba-2 mixer in Triton: two launches, each state read and written once."""
+"""One token through a Mamba-2 mixer in Triton: one launch, each state read and written once."""
 
 # P channels of a head, N state, W taps, E channels, M channels of the convolution
 
@@ -8,67 +8,83 @@ from torch import Tensor
 
 from genssm.kernels.selective_scan.triton_tiles import sigmoid, softplus
 from genssm.kernels.triton_launch import device_of, launch, refuse_double
-from genssm.kernels.triton_overlap import overlap, wait_for_inputs
 
 _NAME = "mamba2_step"
-_CONV_BLOCK = 256
-_TILE = 2048  # bytes of the state that a program, one warp, holds: many small ones keep the memory busiest
+_TILE = 8192  # numbers of the state that a program holds, at most
+_OF_A_WARP = 1024  # of those
 _LARGEST = tl.constexpr(65504.0)  # number in float16
 
 
-@triton.jit(do_not_specialize=["p_b", "c_b", "m_b"])
-def conv_step_kernel(
-    projected, state, weight, bias, mapped, p_b, c_b, m_b, first, channels,
-    W: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+@triton.jit
+def tap_tile(channel, mask, W: tl.constexpr, BLOCK_W: tl.constexpr, AXIS: tl.constexpr):
+    """Offsets of the W taps of some channels, along AXIS, their mask, and the numbers of the taps."""
+    tap = tl.expand_dims(tl.arange(0, BLOCK_W), 1 - AXIS)
+    return tl.expand_dims(channel, AXIS) * W + tap, tl.expand_dims(mask, AXIS) & (tap < W), tap
+
+
+@triton.jit
+def convolve(
+    inputs, windows, weight, bias, turn, channel, mask, channels,
+    W: tl.constexpr, BLOCK_W: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """Convolution of the new token with the W - 1 before it, silu; the state moves on by one."""
-    b = tl.program_id(1).to(tl.int64)
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = e < channels
-    wait_for_inputs(OVERLAP)
-    x = tl.load(projected + b * p_b + first + e, mask=mask, other=0.0).to(tl.float32)
-    total = x * tl.load(weight + e * W + (W - 1), mask=mask, other=0.0).to(tl.float32)
+    """Some channels of the convolution after silu, rounded as the operator over sequences rounds them."""
+    at, within, tap = tap_tile(channel, mask, W, BLOCK_W, AXIS)
+    x = tl.load(inputs + channel, mask=mask, other=0.0)
+    # Which window is to be read is not known yet: asking for both is faster than asking for one later.
+    first = tl.load(windows + at, mask=within, other=0.0)
+    second = tl.load(windows + channels * W + at, mask=within, other=0.0)
+    taps = tl.load(weight + at, mask=within, other=0.0).to(tl.float32)
+    kept = tl.where(turn, second, first).to(tl.float32)
+    total = tl.sum(tl.where(tap == W - 1, tl.expand_dims(x.to(tl.float32), AXIS), kept) * taps, axis=AXIS)
     if bias is not None:
-        total += tl.load(bias + e, mask=mask, other=0.0).to(tl.float32)
-    at = state + b * c_b + e * (W - 1)
-    for j in tl.static_range(W - 1):
-        old = tl.load(at + j, mask=mask, other=0.0)
-        total += old.to(tl.float32) * tl.load(weight + e * W + j, mask=mask, other=0.0).to(tl.float32)
-        if j > 0:
-            tl.store(at + (j - 1), old, mask=mask)
-    if W > 1:
-        tl.store(at + (W - 2), x, mask=mask)
-    tl.store(mapped + b * m_b + e, total * sigmoid(total), mask=mask)
+        total += tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32)
+    return (total * sigmoid(total)).to(x.dtype).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["p_b", "m_b", "y_b"])
-def scan_step_kernel(
-    mapped, projected, state, a_log, skip, dt_bias, y, p_b, m_b, y_b, per_group, width, states,
-    INNER: tl.constexpr, MAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
+@triton.jit
+def move_window(inputs, old, new, channel, mask, W: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Write the window of the next token: all of this one's but the oldest, and the new input."""
+    at, within, tap = tap_tile(channel, mask, W, BLOCK_W, 1)
+    kept = tl.load(old + at, mask=within & (tap > 0) & (tap < W - 1), other=0.0).to(tl.float32)
+    x = tl.load(inputs + channel, mask=mask, other=0.0).to(tl.float32)
+    tl.store(new + (at - 1), tl.where(tap == W - 1, x[:, None], kept), mask=within & (tap > 0))
+
+
+@triton.jit(do_not_specialize=["p_b", "y_b"])
+def step_kernel(
+    projected, windows, turns, state, weight, bias, a_log, skip, dt_bias, y, p_b, y_b, per_group, width, states,
+    INNER: tl.constexpr, MAPS: tl.constexpr, W: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """State of BLOCK_P channels of a head moved on by one token; its output, gated."""
+    """BLOCK_P channels of a head moved on by one token; their output, gated."""
+    channels = INNER + 2 * MAPS
     b = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1)
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    first = tl.program_id(0) * BLOCK_P
+    p = first + tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
     p_mask, n_mask = p < width, n < states
     channel = head * width + p
-    # The state is nearly all there is to read: ask for it first, while the convolution still runs.
+    # The state is nearly all there is to read: ask for it first.
     at = state + (b * INNER + channel)[:, None] * states + n[None, :]
     mask = p_mask[:, None] & n_mask[None, :]
     before = tl.load(at, mask=mask, other=0.0)
-    dt_shift = tl.load(dt_bias + head).to(tl.float32)
-    rate = tl.exp(tl.load(a_log + head).to(tl.float32))
+
+    turn = tl.load(turns + b * INNER + head * width + first) > 0
+    projected += b * p_b
+    windows += b * 2 * channels * W
+    given = projected + INNER
+    maps = INNER + (head // per_group) * states + n
+    # Taps lie along the other axis than the state has them: Triton would carry their layout on to the state.
+    x = convolve(given, windows, weight, bias, turn, channel, p_mask, channels, W, BLOCK_W, 0)
+    to_state = convolve(given, windows, weight, bias, turn, maps, n_mask, channels, W, BLOCK_W, 1)
+    to_output = convolve(given, windows, weight, bias, turn, maps + MAPS, n_mask, channels, W, BLOCK_W, 1)
+    gate = tl.load(projected + channel, mask=p_mask, other=0.0).to(tl.float32)
+    dt = tl.load(given + channels + head).to(tl.float32)
+    dt = softplus(dt + tl.load(dt_bias + head).to(tl.float32))
+    decay = tl.exp(-dt * tl.exp(tl.load(a_log + head).to(tl.float32)))
     through = tl.load(skip + head).to(tl.float32)
-    wait_for_inputs(OVERLAP)
-    maps = mapped + b * m_b + INNER + (head // per_group) * states + n
-    x = tl.load(mapped + b * m_b + channel, mask=p_mask, other=0.0).to(tl.float32)
-    to_state = tl.load(maps, mask=n_mask, other=0.0).to(tl.float32)
-    to_output = tl.load(maps + MAPS, mask=n_mask, other=0.0).to(tl.float32)
-    gate = tl.load(projected + b * p_b + channel, mask=p_mask, other=0.0).to(tl.float32)
-    dt = tl.load(projected + b * p_b + 2 * INNER + 2 * MAPS + head).to(tl.float32)
-    dt = softplus(dt + dt_shift)
-    decay = tl.exp(-dt * rate)
+
     h = decay * before.to(tl.float32) + (dt * x)[:, None] * to_state[None, :]
     kept = h
     if state.dtype.element_ty == tl.float16:
@@ -77,10 +93,21 @@ def scan_step_kernel(
     out = tl.sum(h * to_output[None, :], axis=1) + through * x
     tl.store(y + b * y_b + channel, out * gate * sigmoid(gate), mask=p_mask)
 
+    # Nobody reads the other window in this step, so that one program can write what all heads of a group have read.
+    old = windows + tl.where(turn, channels * W, 0)
+    new = windows + tl.where(turn, 0, channels * W)
+    move_window(given, old, new, channel, p_mask, W, BLOCK_W)
+    if (first == 0) & (head % per_group == 0):
+        move_window(given, old, new, maps, n_mask, W, BLOCK_W)
+        move_window(given, old, new, maps + MAPS, n_mask, W, BLOCK_W)
+    tl.debug_barrier()  # all warps have read whose turn it is
+    tl.store(turns + b * INNER + channel, tl.where(turn, tl.zeros_like(p), 1), mask=p_mask)
+
 
 def step_triton(
     projected: Tensor,
-    conv_state: Tensor,
+    conv_windows: Tensor,
+    conv_turns: Tensor,
     ssm_state: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
@@ -95,28 +122,30 @@ def step_triton(
         ValueError: float64 tensors, or a state that is not contiguous.
     """
     refuse_double(_NAME, projected, ssm_state)
-    if not (conv_state.is_contiguous() and ssm_state.is_contiguous()):
+    if not all(x.is_contiguous() for x in (conv_windows, conv_turns, ssm_state)):
         raise ValueError(f"{_NAME}: the states are updated in place and must be contiguous")
     batch, _, heads, width, states = ssm_state.shape
-    inner, maps, taps = heads * width, ngroups * states, conv_weight.shape[-1]
-    channels = inner + 2 * maps
+    inner, taps = heads * width, conv_weight.shape[-1]
     projected, conv_weight = projected.contiguous(), conv_weight.contiguous()
-    mapped, y = projected.new_empty(batch, channels), projected.new_empty(batch, inner)
-    block_n = max(16, triton.next_power_of_2(states))
-    block_p = max(4, min(triton.next_power_of_2(width), _TILE // ssm_state.element_size() // block_n))
-    early = overlap(projected.device)
+    y = projected.new_empty(batch, inner)
+    block_p, block_n, warps = tile(width, states)
     with device_of(projected):
         launch(
-            conv_step_kernel, (triton.cdiv(channels, _CONV_BLOCK), batch),
-            projected=projected, state=conv_state, weight=conv_weight, bias=conv_bias, mapped=mapped,
-            p_b=projected.stride(0), c_b=conv_state.stride(0), m_b=mapped.stride(0), first=inner, channels=channels,
-            W=taps, BLOCK=_CONV_BLOCK, num_warps=4, **early,
-        )  # fmt: skip
-        launch(
-            scan_step_kernel, (triton.cdiv(width, block_p), heads, batch),
-            mapped=mapped, projected=projected, state=ssm_state, a_log=A_log, skip=D, dt_bias=dt_bias, y=y,
-            p_b=projected.stride(0), m_b=mapped.stride(0), y_b=y.stride(0),
-            per_group=heads // ngroups, width=width, states=states,
-            INNER=inner, MAPS=maps, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=1, **early,
+            step_kernel, (triton.cdiv(width, block_p), heads, batch),
+            projected=projected, windows=conv_windows, turns=conv_turns, state=ssm_state, weight=conv_weight,
+            bias=conv_bias, a_log=A_log, skip=D, dt_bias=dt_bias, y=y, p_b=projected.stride(0), y_b=y.stride(0),
+            per_group=heads // ngroups, width=width, states=states, INNER=inner, MAPS=ngroups * states,
+            W=taps, BLOCK_W=triton.next_power_of_2(taps), BLOCK_P=block_p, BLOCK_N=block_n, num_warps=warps,
         )  # fmt: skip
     return y
+
+
+def tile(width: int, states: int) -> tuple[int, int, int]:
+    """Channels and states of a program, and its warps.
+
+    A tile has at least as many elements as its warps have threads: where two threads held the same element, one could
+    store the new state before the other has loaded the old one.
+    """
+    block_n = max(16, triton.next_power_of_2(states))
+    block_p = max(4, min(triton.next_power_of_2(width), _TILE // block_n))
+    return block_p, block_n, max(1, block_p * block_n // _OF_A_WARP)

@@ -38,7 +38,7 @@ def mixer(info: Mapping[str, Any], tensors: Tensors) -> Iterator[Check]:
 def _state(when: str, state: Any, tensors: Tensors, tolerance: Mapping[str, Any]) -> Iterator[Check]:
     """The file keeps as many tokens as the convolution has taps; the oldest is never read again, and not kept by us."""
     yield compare(f"out.{when} ssm", state.ssm[:, 0], tensors[f"out.{when}_ssm_state"], tolerance)
-    yield compare(f"out.{when} conv", state.conv[:, 0], tensors[f"out.{when}_conv_state"][..., 1:], tolerance)
+    yield compare(f"out.{when} conv", state.window[:, 0], tensors[f"out.{when}_conv_state"][..., 1:], tolerance)
 
 
 def packed(info: Mapping[str, Any], tensors: Tensors) -> Iterator[Check]:

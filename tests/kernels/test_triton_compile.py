@@ -19,6 +19,7 @@ TARGETS = [("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)]
 TARGETS += [("hip", "gfx90a", 64), ("hip", "gfx942", 64), ("hip", "gfx1100", 32)]
 SHARED_LIMIT = 64 * 1024
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+TYPES |= {torch.uint8: "u8"}
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),

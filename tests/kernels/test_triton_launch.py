@@ -36,7 +36,7 @@ def normal(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """Launches of the convolution step that Triton itself made, each of which compiled a binary."""
     from triton import knobs
 
-    from genssm.kernels.mamba2_step.triton_step import conv_step_kernel
+    from genssm.kernels.draw_token.triton_draw import draw_kernel
 
     def run(*args, grid, warmup, **arguments):
         made.append({"grid": grid, "binary": Binary(), **arguments})
@@ -46,7 +46,7 @@ def normal(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     driver = SimpleNamespace(get_current_device=lambda: 3, get_current_stream=lambda device: f"stream of {device}")
     monkeypatch.setattr(triton_launch, "_triton", lambda device: SimpleNamespace(knobs=knobs, driver=driver))
     monkeypatch.setattr(triton_launch, "_launches", {})
-    monkeypatch.setattr(conv_step_kernel, "run", run)
+    monkeypatch.setattr(draw_kernel, "run", run)
     return made
 
 
@@ -59,10 +59,10 @@ def arguments(**changes: Tensor | int | None) -> dict:
 
 def step(grid: tuple[int, ...] = (2, 5), **changes: Tensor | int | None) -> dict:
     """Launch the convolution step."""
-    from genssm.kernels.mamba2_step.triton_step import conv_step_kernel
+    from genssm.kernels.draw_token.triton_draw import draw_kernel
 
     given = arguments(**changes)
-    launch(conv_step_kernel, grid, **given)
+    launch(draw_kernel, grid, **given)
     return given
 
 
@@ -102,11 +102,11 @@ def test_whatever_triton_may_look_at_leads_to_another_binary(normal: list[dict],
 def test_watched_launches_are_triton_s(normal: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
     from triton import knobs
 
-    from genssm.kernels.mamba2_step.triton_step import conv_step_kernel
+    from genssm.kernels.draw_token.triton_draw import draw_kernel
 
     step()
     with monkeypatch.context() as patch:
-        patch.setattr(conv_step_kernel, "pre_run_hooks", [print])
+        patch.setattr(draw_kernel, "pre_run_hooks", [print])
         step()
     for name in ("launch_enter_hook", "launch_exit_hook"):
         with monkeypatch.context() as patch:
@@ -118,10 +118,10 @@ def test_watched_launches_are_triton_s(normal: list[dict], monkeypatch: pytest.M
 
 
 def test_launches_that_compile_nothing_are_not_kept(normal: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
-    from genssm.kernels.mamba2_step.triton_step import conv_step_kernel
+    from genssm.kernels.draw_token.triton_draw import draw_kernel
 
     calls: list[dict] = []
-    monkeypatch.setattr(conv_step_kernel, "run", lambda *args, **kwargs: calls.append(kwargs))
+    monkeypatch.setattr(draw_kernel, "run", lambda *args, **kwargs: calls.append(kwargs))
     for _ in range(3):
         step()
     assert len(calls) == 3
@@ -170,9 +170,9 @@ def test_triton_has_what_a_repeated_launch_takes() -> None:
     from triton import knobs
     from triton.backends.nvidia.driver import CudaLauncher
 
-    from genssm.kernels.mamba2_step.triton_step import conv_step_kernel
+    from genssm.kernels.draw_token.triton_draw import draw_kernel
 
-    binary = compile_for(conv_step_kernel, arguments(), ("cuda", 90, 32))
+    binary = compile_for(draw_kernel, arguments(), ("cuda", 90, 32))
     assert isinstance(type(binary).run, property) and binary.packed_metadata and hasattr(binary, "function")
     parameters = list(inspect.signature(CudaLauncher.__call__).parameters)
     assert parameters[1:6] == ["gridX", "gridY", "gridZ", "stream", "function"]
