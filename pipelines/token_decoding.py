@@ -9,6 +9,7 @@ import torch
 from diffusers import ModelMixin
 
 from genssm.graphs import record
+from genssm.kernels.draw_token import put_token
 from genssm.pipelines.denoising import BatchInvariant, Generators
 from genssm.pipelines.token_sampling import TokenSampling, guide
 
@@ -74,7 +75,6 @@ class TokenDecoder:
         self.previous = torch.zeros(self.rows, 1, dtype=torch.int64, device=device)
         self.uniform = torch.zeros(num_images, tokens, device=device)
         self.scales = torch.ones(tokens, device=device)
-        self.count = torch.zeros(1, dtype=torch.int64, device=device)  # codes drawn or given so far
         self.graph = self._capture(self._advance) if capture else None
         self._start_graph: torch.cuda.CUDAGraph | None = None
         self._start_inputs: dict[str, torch.Tensor] | None = None  # what it reads
@@ -124,7 +124,6 @@ class TokenDecoder:
 
     def rewind(self) -> None:
         """Let the next step be the first again, whatever it then draws: for measurements."""
-        self.count.zero_()
         self.cache.position.zero_()
 
     def _invariant(self) -> contextlib.AbstractContextManager:
@@ -135,9 +134,8 @@ class TokenDecoder:
         self.cache.begin()
         self.codes.zero_()
         self.codes[:, : given.shape[1]] = given
-        self.count.fill_(given.shape[1])
         codes = given.repeat(self.rows // self.num_images, 1)
-        self._choose(self.model(codes, **condition, cache=self.cache).logits[:, -1])
+        self._draw(self.model(codes, **condition, cache=self.cache).logits[:, -1])
 
     def _replay_start(self, condition: dict[str, torch.Tensor]) -> None:
         """Start without codes by a graph, captured anew where the condition has another form than before."""
@@ -154,22 +152,19 @@ class TokenDecoder:
         self._start_graph.replay()
 
     def _advance(self) -> None:
-        self._choose(self.model(self.previous, cache=self.cache).logits[:, -1])
+        self._draw(self.model(self.previous, cache=self.cache).logits[:, -1])
 
-    def _choose(self, logits: torch.Tensor) -> None:
-        """Draw a code from ``logits`` (R, V) and put it where the next step finds it."""
-        scale = self.scales.index_select(0, self.count) if self.guided else None
-        if self.released_draws:
-            logits = logits.float() if scale is None else guide(logits.float(), scale)
-            both = self.sampling.probabilities(logits).repeat(2, 1)
-            both = both if self.generator is None else both.to(self.generator.device)
-            drawn = torch.multinomial(both, 1, generator=self.generator)
-            codes = drawn[: self.num_images, 0].to(self.codes.device)
-        else:
-            codes = self.sampling.choose(logits, self.uniform.index_select(1, self.count)[:, 0], scale)
-        self.codes.index_copy_(1, self.count, codes[:, None])
-        self.previous.copy_(codes.repeat(self.rows // self.num_images)[:, None])
-        self.count.add_(1)
+    def _draw(self, logits: torch.Tensor) -> None:
+        """Draw the code after those that the model has read, from ``logits`` (R, V), and put it where it reads it."""
+        scales, position = self.scales if self.guided else None, self.cache.position
+        if not self.released_draws:
+            self.sampling.draw(logits, self.uniform, scales, position, self.codes, self.previous)
+            return
+        logits = logits.float() if scales is None else guide(logits.float(), scales.index_select(0, position))
+        both = self.sampling.probabilities(logits).repeat(2, 1)
+        both = both if self.generator is None else both.to(self.generator.device)
+        drawn = torch.multinomial(both, 1, generator=self.generator)
+        put_token(drawn[: self.num_images, 0].to(self.codes.device), position, self.codes, self.previous)
 
     def _capture(self, call: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph | None:
         """Record what ``call`` does; None, with a warning, where it cannot be recorded.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from genssm.kernels.draw_token import draw_token
+from genssm.kernels.draw_token import draw_token, put_token
 
 # B images, V vocabulary, T tokens of an image
 
@@ -38,22 +38,34 @@ class TokenSampling:
         """The distribution that a token is drawn from, for ``logits`` (..., V) float32; temperature above 0."""
         return filter_logits(logits / self.temperature, self.top_k, self.top_p).softmax(dim=-1)
 
-    def choose(self, logits: torch.Tensor, uniform: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """Draw with given random numbers, so that an image's draws depend on its own generator alone.
+    def draw(
+        self,
+        logits: torch.Tensor,
+        uniform: torch.Tensor,
+        scales: torch.Tensor | None,
+        position: torch.Tensor,
+        codes: torch.Tensor,
+        previous: torch.Tensor,
+    ) -> None:
+        """Draw the next token of each image with given random numbers, so that it depends on its own generator alone.
 
         Args:
-            logits: (B, V); with ``scale`` (2 B, V), those with the condition first.
-            uniform: random numbers in [0, 1), (B,), float32.
-            scale: of the guidance, (1,), float32; None for logits that need none.
-        Returns:
-            Tokens (B,), int64.
+            logits: (B, V); with ``scales`` (2 B, V), those with the condition first.
+            uniform: random numbers in [0, 1), (B, T), float32.
+            scales: of the guidance, (T,), float32; None for logits that need none.
+            position: which token is drawn, (1,), int64.
+            codes: receives it, (B, T), int64, in column ``position``.
+            previous: receives it too, (R, 1), int64, R a multiple of B.
         """
         if self.temperature and not self.top_k and self.top_p == 1:
-            return draw_token(logits, uniform, scale, temperature=self.temperature)
-        logits = logits.float() if scale is None else guide(logits.float(), scale)
+            draw_token(logits, uniform, scales, position, codes, previous, temperature=self.temperature)
+            return
+        logits = logits.float() if scales is None else guide(logits.float(), scales.index_select(0, position))
         if self.temperature == 0:
-            return logits.argmax(dim=-1)
-        return draw_token(filter_logits(logits / self.temperature, self.top_k, self.top_p), uniform)
+            put_token(logits.argmax(dim=-1), position, codes, previous)
+        else:
+            kept = filter_logits(logits / self.temperature, self.top_k, self.top_p)
+            draw_token(kept, uniform, None, position, codes, previous)
 
 
 def guide(logits: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,8 @@ NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 MLP_MULTIPLE = 128
 
 Vectors = tuple[torch.Tensor, ...]  # shift, scale and gate of the mixer, or of mixer and MLP; (B, 1, D) each
-Update = tuple[torch.Tensor, torch.Tensor]  # what a layer adds to the stream, (B, L, D), and its gate, (B, 1, D)
+# What a layer adds to the stream, (B, L, D), and its gate, (B, 1, D).
+Update = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class CodeTable(nn.Module):
@@ -344,8 +345,9 @@ class AiM(ModelMixin, ConfigMixin, PeftAdapterMixin):
         parts.append(c[:, None])
         if length:
             first = self.config.position_offset
-            parts.append(F.embedding(codes, self.code_embed()) + self.positions[first : first + length])
-        x = upcast(torch.cat(parts, dim=1))  # (B, S + 1 + L, D)
+            rows = self.positions[first : first + length]
+            parts.append(upcast(F.embedding(codes, self.code_embed())) + rows)
+        x = torch.cat([upcast(part) for part in parts], dim=1)  # (B, S + 1 + L, D)
 
         vectors, update = self._vectors(c), None
         for layer, block in enumerate(self.blocks):
@@ -364,9 +366,9 @@ class AiM(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def _step(self, codes: torch.Tensor, cache: AiMCache) -> torch.Tensor:
         """Logits (B, 1, V) after one code more; nothing here depends on values, so a graph can be captured of it."""
-        row = self.positions.index_select(0, cache.position + self.config.position_offset)  # (1, D)
-        x = upcast(F.embedding(codes, self.code_embed()) + row)  # (B, 1, D)
-        update = None
+        row = upcast(self.positions[self.config.position_offset :][cache.position])  # (1, D)
+        x = row.expand(len(codes), 1, -1)
+        update = self.code_embed()[codes], None  # what an embedding looks up is added by the first norm
         for block, vectors, state in zip(self.blocks, cache.vectors, cache.states):
             x, update = block(x, vectors.unbind(0), state, update)  # (B, 1, D)
         cache.position.add_(1)

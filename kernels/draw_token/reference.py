@@ -4,13 +4,29 @@ import torch
 from torch import Tensor
 
 
-def draw_reference(logits: Tensor, uniform: Tensor, scale: Tensor | None, temperature: float) -> Tensor:
-    """Arguments and result as of `draw_token`."""
+def draw_reference(
+    logits: Tensor,
+    uniform: Tensor,
+    scales: Tensor | None,
+    position: Tensor,
+    codes: Tensor,
+    previous: Tensor,
+    temperature: float,
+) -> None:
+    """Arguments as of `draw_token`."""
     logits = logits.float()
-    if scale is not None:
+    if scales is not None:
         conditional, null = logits.chunk(2)
-        logits = null + scale * (conditional - null)
-    return invert_cdf((logits / temperature).softmax(dim=-1), uniform)
+        logits = null + scales.index_select(0, position) * (conditional - null)
+    probabilities = (logits / temperature).softmax(dim=-1)
+    drawn = invert_cdf(probabilities, uniform.index_select(1, position)[:, 0])
+    put_token(drawn, position, codes, previous)
+
+
+def put_token(drawn: Tensor, position: Tensor, codes: Tensor, previous: Tensor) -> None:
+    """Put tokens (B,) into column ``position`` of ``codes`` and into ``previous``, as `draw_token` does."""
+    codes.index_copy_(1, position, drawn[:, None])
+    previous.copy_(drawn.repeat(previous.shape[0] // drawn.shape[0])[:, None])
 
 
 def invert_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:

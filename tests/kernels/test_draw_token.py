@@ -17,51 +17,76 @@ from tests.kernels.test_triton_compile import TARGETS, Caught, compile_for
 triton_missing = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def problem(images: int, vocabulary: int, guided: bool) -> tuple[torch.Tensor, ...]:
-    """Logits, of which every third is impossible where there is no guidance, random numbers, and the scale."""
+def problem(images: int, vocabulary: int, guided: bool) -> dict[str, torch.Tensor | None]:
+    """Arguments for the second of three tokens; every third is impossible where there is no guidance."""
     generator = torch.Generator().manual_seed(vocabulary)
     logits = 3 * torch.randn((1 + guided) * images, vocabulary, generator=generator)
-    uniform = torch.rand(images, generator=generator)
+    uniform = torch.rand(images, 3, generator=generator)
     uniform[0], uniform[-1] = 0.0, 1 - 2**-24  # the ends of [0, 1)
     if not guided:
         logits[:, ::3] = -float("inf")
-    return logits, uniform, torch.tensor([3.0]) if guided else None
+    return {
+        "logits": logits,
+        "uniform": uniform,
+        "scales": torch.tensor([1.0, 3.0, 9.0]) if guided else None,
+        "position": torch.tensor([1]),
+        "codes": torch.full((images, 3), -1),
+        "previous": torch.full(((1 + guided) * images, 1), -1),
+    }
+
+
+def moved(given: dict[str, torch.Tensor | None], device: str) -> dict[str, torch.Tensor | None]:
+    """Copies on a device."""
+    return {key: None if x is None else x.to(device, copy=True) for key, x in given.items()}
+
+
+def drawn(given: dict[str, torch.Tensor | None], **options: str | float) -> torch.Tensor:
+    """What is drawn, from where it was put."""
+    assert draw_token(**given, **options) is None
+    codes = given["codes"].cpu()
+    assert (codes[:, [0, 2]] == -1).all()
+    images = len(codes)
+    assert all(torch.equal(part[:, 0], codes[:, 1]) for part in given["previous"].cpu().split(images))
+    return codes[:, 1]
 
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_draws_by_the_cumulative_distribution(guided: bool) -> None:
-    logits, uniform, scale = problem(50, 30, guided)
-    drawn = draw_token(logits, uniform, scale, temperature=0.5)
-    exact = logits.double()
+    given = problem(50, 30, guided)
+    tokens, exact = drawn(given, temperature=0.5), given["logits"].double()
     exact = exact[50:] + 3.0 * (exact[:50] - exact[50:]) if guided else exact
     until = (exact / 0.5).softmax(dim=-1).cumsum(dim=-1)
-    for row, u, token in zip(until, uniform, drawn):
+    for row, u, token in zip(until, given["uniform"][:, 1], tokens):
         assert row[token] > u - 1e-6
         assert token == 0 or row[token - 1] <= u + 1e-6
     if not guided:
-        assert (drawn % 3 != 0).all()
+        assert (tokens % 3 != 0).all()
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match=r"expected \(4, V\)"):
-        draw_token(torch.zeros(2, 5), torch.zeros(2), torch.ones(1))
-    with pytest.raises(ValueError, match=r"scale is \(2,\), expected \(1,\)"):
-        draw_token(torch.zeros(4, 5), torch.zeros(2), torch.ones(2))
-    with pytest.raises(ValueError, match="uniform is on meta"):
-        draw_token(torch.zeros(2, 5), torch.zeros(2, device="meta"))
+    given = problem(4, 5, True)
+    for key, wrong, message in (
+        ("logits", torch.zeros(4, 5), r"logits are \(4, 5\), expected \(8, V\)"),
+        ("uniform", torch.zeros(4), r"uniform is \(4,\), expected \(4, 3\)"),
+        ("scales", torch.ones(2), r"scales is \(2,\), expected \(3,\)"),
+        ("position", torch.tensor(1), r"position is \(\), expected \(1,\)"),
+        ("previous", torch.zeros(6, 1), r"previous is \(6, 1\), expected \(R, 1\), R a multiple of 4"),
+        ("uniform", torch.zeros(4, 3, device="meta"), "uniform is on meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw_token(**{**given, key: wrong})
     with pytest.raises(ValueError, match="backend='triton' is not possible"):
-        draw_token(torch.zeros(2, 5), torch.zeros(2), backend="triton")
+        draw_token(**given, backend="triton")
 
 
 def compare_with_triton(device: str, dtype: torch.dtype) -> None:
     """The same tokens; nearly all, since sums in another order move the borders between tokens a little."""
     for vocabulary in (1, 20, 128, 1000, 16384):
         for guided in (False, True) if vocabulary > 1 else (True,):
-            logits, uniform, scale = problem(64, vocabulary, guided)
-            given = logits.to(device, dtype), uniform.to(device), None if scale is None else scale.to(device)
-            found = draw_token(*given, temperature=0.8, backend="triton").cpu()
-            expected = draw_token(given[0].cpu(), uniform, scale, temperature=0.8, backend="reference")
-            assert found.dtype == torch.int64
+            given = problem(64, vocabulary, guided)
+            given["logits"] = given["logits"].to(dtype)
+            found = drawn(moved(given, device), temperature=0.8, backend="triton")
+            expected = drawn(given, temperature=0.8, backend="reference")
             assert (found != expected).sum() <= 1, (vocabulary, guided)
             assert found.min() >= 0 and found.max() < vocabulary
             assert guided or (found % 3 != 0).all()
@@ -83,8 +108,9 @@ def test_compiles(target: tuple, vocabulary: int, monkeypatch: pytest.MonkeyPatc
     from genssm.kernels.draw_token import triton_draw
 
     caught = Caught().of(monkeypatch, triton_draw.draw_kernel)
-    logits, uniform, scale = problem(2, vocabulary, True)
-    triton_draw.draw_triton(logits.bfloat16(), uniform, scale, 0.9)
+    given = problem(2, vocabulary, True)
+    given["logits"] = given["logits"].bfloat16()
+    triton_draw.draw_triton(*given.values(), 0.9)
     for kernel, arguments in caught:
         compile_for(kernel, arguments, target)
 
@@ -97,8 +123,8 @@ def test_parity_on_the_device(dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 def test_most_tokens_of_a_program() -> None:
-    logits, uniform, scale = (x.cuda() for x in problem(3, 65536, True))
-    found, expected = (draw_token(logits, uniform, scale, backend=b) for b in ("triton", "reference"))
+    given = problem(3, 65536, True)
+    found, expected = (drawn(moved(given, "cuda"), backend=b) for b in ("triton", "reference"))
     assert (found != expected).sum() <= 1
 
 

@@ -36,7 +36,7 @@ def normal(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """Launches of the convolution step that Triton itself made, each of which compiled a binary."""
     from triton import knobs
 
-    from genssm.kernels.draw_token.triton_draw import draw_kernel
+    from genssm.kernels.mamba2_step.triton_step import step_kernel
 
     def run(*args, grid, warmup, **arguments):
         made.append({"grid": grid, "binary": Binary(), **arguments})
@@ -46,23 +46,26 @@ def normal(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     driver = SimpleNamespace(get_current_device=lambda: 3, get_current_stream=lambda device: f"stream of {device}")
     monkeypatch.setattr(triton_launch, "_triton", lambda device: SimpleNamespace(knobs=knobs, driver=driver))
     monkeypatch.setattr(triton_launch, "_launches", {})
-    monkeypatch.setattr(draw_kernel, "run", run)
+    monkeypatch.setattr(step_kernel, "run", run)
     return made
 
 
+TENSORS = ("projected", "windows", "turns", "state", "weight", "bias", "a_log", "skip", "dt_bias", "y")
+
+
 def arguments(**changes: Tensor | int | None) -> dict:
-    tensors = {name: torch.zeros(64) for name in ("projected", "state", "weight", "bias", "mapped")}
-    numbers = {"p_b": 7, "c_b": 8, "m_b": 9, "first": 1, "channels": 32}
-    numbers |= {"W": 4, "BLOCK": 256, "OVERLAP": False, "num_warps": 4}
-    return {**tensors, **numbers, **changes}
+    tensors = {name: torch.zeros(64) for name in TENSORS} | {"turns": torch.zeros(64, dtype=torch.uint8)}
+    numbers = {"p_b": 7, "y_b": 8, "per_group": 2, "width": 9, "states": 32}
+    constants = {"INNER": 18, "MAPS": 32, "W": 4, "BLOCK_W": 4, "BLOCK_P": 16, "BLOCK_N": 32, "num_warps": 1}
+    return {**tensors, **numbers, **constants, **changes}
 
 
 def step(grid: tuple[int, ...] = (2, 5), **changes: Tensor | int | None) -> dict:
-    """Launch the convolution step."""
-    from genssm.kernels.draw_token.triton_draw import draw_kernel
+    """Launch the decoding step."""
+    from genssm.kernels.mamba2_step.triton_step import step_kernel
 
     given = arguments(**changes)
-    launch(draw_kernel, grid, **given)
+    launch(step_kernel, grid, **given)
     return given
 
 
@@ -71,8 +74,9 @@ def test_the_second_launch_runs_the_binary_on_addresses_in_the_order_of_the_para
     second = step(grid=(9,))
     assert len(normal) == 1
     assert normal[0]["grid"] == (2, 5) and all(normal[0][name] is value for name, value in first.items())
-    addresses = [second[name].data_ptr() for name in ("projected", "state", "weight", "bias", "mapped")]
-    call = (9, 1, 1, "stream of 3", "function", "metadata", None, None, None, *addresses, 7, 8, 9, 1, 32, 4, 256, False)
+    addresses = [second[name].data_ptr() for name in TENSORS]
+    call = (9, 1, 1, "stream of 3", "function", "metadata", None, None, None, *addresses)
+    call += (7, 8, 2, 9, 32, 18, 32, 4, 4, 16, 32)
     assert normal[0]["binary"].runs == [call]
 
 
@@ -82,8 +86,8 @@ def test_the_second_launch_runs_the_binary_on_addresses_in_the_order_of_the_para
         {"projected": torch.zeros(64, dtype=torch.bfloat16)},
         {"state": torch.zeros(65)[1:]},
         {"bias": None},
-        {"first": 16},
-        {"first": 2**40},
+        {"width": 16},
+        {"width": 2**40},
         {"p_b": 1},
         {"W": 3},
         {"num_warps": 8},
@@ -102,11 +106,11 @@ def test_whatever_triton_may_look_at_leads_to_another_binary(normal: list[dict],
 def test_watched_launches_are_triton_s(normal: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
     from triton import knobs
 
-    from genssm.kernels.draw_token.triton_draw import draw_kernel
+    from genssm.kernels.mamba2_step.triton_step import step_kernel
 
     step()
     with monkeypatch.context() as patch:
-        patch.setattr(draw_kernel, "pre_run_hooks", [print])
+        patch.setattr(step_kernel, "pre_run_hooks", [print])
         step()
     for name in ("launch_enter_hook", "launch_exit_hook"):
         with monkeypatch.context() as patch:
@@ -118,10 +122,10 @@ def test_watched_launches_are_triton_s(normal: list[dict], monkeypatch: pytest.M
 
 
 def test_launches_that_compile_nothing_are_not_kept(normal: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
-    from genssm.kernels.draw_token.triton_draw import draw_kernel
+    from genssm.kernels.mamba2_step.triton_step import step_kernel
 
     calls: list[dict] = []
-    monkeypatch.setattr(draw_kernel, "run", lambda *args, **kwargs: calls.append(kwargs))
+    monkeypatch.setattr(step_kernel, "run", lambda *args, **kwargs: calls.append(kwargs))
     for _ in range(3):
         step()
     assert len(calls) == 3
@@ -129,8 +133,8 @@ def test_launches_that_compile_nothing_are_not_kept(normal: list[dict], monkeypa
 
 def test_memory_is_bounded(normal: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "_MOST", 2)
-    for channels in (32, 33, 34, 34, 32):
-        step(channels=channels)
+    for width in (32, 33, 34, 34, 32):
+        step(width=width)
     assert len(normal) == 4  # the third took the room of the first two
     (launches,) = triton_launch._launches.values()
     assert len(launches.binaries) == 2
@@ -170,9 +174,9 @@ def test_triton_has_what_a_repeated_launch_takes() -> None:
     from triton import knobs
     from triton.backends.nvidia.driver import CudaLauncher
 
-    from genssm.kernels.draw_token.triton_draw import draw_kernel
+    from genssm.kernels.mamba2_step.triton_step import step_kernel
 
-    binary = compile_for(draw_kernel, arguments(), ("cuda", 90, 32))
+    binary = compile_for(step_kernel, arguments(), ("cuda", 90, 32))
     assert isinstance(type(binary).run, property) and binary.packed_metadata and hasattr(binary, "function")
     parameters = list(inspect.signature(CudaLauncher.__call__).parameters)
     assert parameters[1:6] == ["gridX", "gridY", "gridZ", "stream", "function"]

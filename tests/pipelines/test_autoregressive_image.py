@@ -284,7 +284,9 @@ def test_filters() -> None:
     assert filter_logits(logits, top_k=2).isfinite().tolist() == [[True, True, True, False]]
     assert filter_logits(logits, top_k=9).isfinite().all()
     assert filter_logits(logits, top_p=0.01).isfinite().tolist() == [[True, False, False, False]]
-    assert TokenSampling(temperature=0).choose(logits, torch.tensor([0.99])).tolist() == [0]
+    codes, previous = torch.full((1, 2), -1), torch.full((2, 1), -1)
+    TokenSampling(temperature=0).draw(logits, torch.tensor([[0.5, 0.99]]), None, torch.tensor([1]), codes, previous)
+    assert codes.tolist() == [[-1, 0]] and previous.tolist() == [[0], [0]]
 
 
 def test_inverted_cdf_never_draws_the_impossible() -> None:

@@ -282,8 +282,9 @@ def test_a_step_of_codes_can_be_captured(changes: dict, monkeypatch: pytest.Monk
     def callback(pipe: Any, i: int, t: int, given: dict) -> None:
         decoder = pipe.watched
         waits.append(len(WAITS))
-        places.append([x.data_ptr() for x in map(held, (decoder.codes, decoder.count, *decoder.cache.vectors))])
-        places[-1] += [held(part).data_ptr() for state in decoder.cache.states for part in (state.conv, state.ssm)]
+        cache, kept = decoder.cache, [decoder.codes, decoder.previous]
+        kept += [cache.position, *cache.vectors, *(part for state in cache.states for part in vars(state).values())]
+        places.append([held(x).data_ptr() for x in kept])
 
     class Watched(type(pipe)):
         def _decoder_for(self, *arguments: Any) -> Any:
