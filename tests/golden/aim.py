@@ -108,7 +108,7 @@ def _decode(model: AiM, codes: torch.Tensor, labels: torch.Tensor, scale: float)
     computed["step_logits_guided"] = unconditional + (conditional - unconditional) * scale
     for layer, state in enumerate(cache.states):
         # Ours keeps the d_conv - 1 columns that a convolution still needs, the golden one column more.
-        columns = F.pad(state.window[:, 0], (1, 0))
+        columns = F.pad(getattr(state, "window", state.conv)[:, 0], (1, 0))
         computed |= {f"cache.conv.{layer}": columns, f"cache.ssm.{layer}": state.ssm[:, 0].clone()}
     cache.begin()
     logits, drawn = model(class_labels=both, cache=cache).logits, []
