@@ -1,7 +1,6 @@
 """One token through a Mamba-2 mixer in PyTorch, from the one-token steps of its parts: the definition."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from genssm.kernels import arguments
@@ -28,7 +27,7 @@ def step_reference(
     window = read_windows(conv_windows, conv_turns)
     mapped = causal_conv1d_step(window, mapped, conv_weight, conv_bias, activation="silu")
     conv_turns.bitwise_xor_(1)
-    conv_windows[_places(conv_turns)] = F.pad(window[:, 0], (0, 1))
+    conv_windows[..., :-1][_places(conv_turns)] = window[:, 0].to(conv_windows.dtype)
     x, B, C = mapped.split([inner, maps, maps], dim=-1)
     B, C = (m.unflatten(-1, (ngroups, states)) for m in (B, C))
     dtype = arguments.compute_dtype(projected)
@@ -40,7 +39,7 @@ def step_reference(
 
 def read_windows(windows: Tensor, turns: Tensor) -> Tensor:
     """The W - 1 latest inputs of a convolution, oldest first, (Bt, 1, M, W - 1), as `causal_conv1d` takes them."""
-    return windows[_places(turns)][:, None, :, :-1].contiguous()
+    return windows[..., :-1][_places(turns)][:, None]
 
 
 def fill_windows(windows: Tensor, turns: Tensor, window: Tensor) -> None:
