@@ -66,34 +66,25 @@ def norm_forward_kernel(
     at = row.to(tl.int64) * D
     e = tl.arange(0, BLOCK)
     mask = e < D
-    # All loads come before the first store, which might change what they read: few rows wait for memory only once.
     t = load_row(h, b, l, h_b, h_l, e, D, ALIGNED)
     if x is not None:
         added = load_row(x, b, l, x_b, x_l, e, D, ALIGNED)
-    if gate is not None:
-        g = load_row(gate, b, l, gate_b, gate_l, e, D, ALIGNED)
-    if weight is not None:
-        w = load_vector(weight, e, D)
-    if bias is not None:
-        offset = load_vector(bias, e, D)
-    if scale is not None:
-        factor = rounded(1.0 + load_row(scale, b, l, scale_b, scale_l, e, D, ALIGNED), scale.dtype.element_ty)
-        moved = load_row(shift, b, l, shift_b, shift_l, e, D, ALIGNED)
-    if x is not None:
         if gate is not None:
-            added = rounded(added * g, PRODUCT)
+            added = rounded(added * load_row(gate, b, l, gate_b, gate_l, e, D, ALIGNED), PRODUCT)
         t = rounded(t + added, STREAM)
         tl.store(new_h + at + e, t, mask=mask)
     r, _ = standardise(t, e, LAYER, EPS, D)
     if weight is not None:
-        r *= w
+        r *= load_vector(weight, e, D)
     if bias is not None:
-        r += offset
+        r += load_vector(bias, e, D)
     r = rounded(r, NORMED)
     if n is not None:
         tl.store(n + at + e, r, mask=mask)
     if scale is not None:
-        r = rounded(rounded(r * factor, SCALED) + moved, SHIFTED)
+        factor = rounded(1.0 + load_row(scale, b, l, scale_b, scale_l, e, D, ALIGNED), scale.dtype.element_ty)
+        r = rounded(r * factor, SCALED)
+        r = rounded(r + load_row(shift, b, l, shift_b, shift_l, e, D, ALIGNED), SHIFTED)
     tl.store(y + at + e, r, mask=mask)
 
 

@@ -68,5 +68,5 @@ def draw_triton(
             draw_kernel, (images,),
             logits=logits.contiguous(), uniform=uniform.contiguous(), scales=scales, position=position, codes=codes,
             previous=previous, images=images, tokens=tokens, vocabulary=vocabulary, temperature=float(temperature),
-            COPIES=previous.shape[0] // images, ROWS=rows, COLUMNS=_COLUMNS, num_warps=max(1, min(16, rows // 8)),
+            COPIES=previous.shape[0] // images, ROWS=rows, COLUMNS=_COLUMNS, num_warps=max(1, min(16, rows // 16)),
         )  # fmt: skip

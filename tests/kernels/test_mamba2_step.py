@@ -134,7 +134,16 @@ def moved(given: dict, device: str, dtype: torch.dtype) -> dict:
 
 
 def compare_with_triton(device: str, dtype: torch.dtype) -> None:
-    """Outputs and all states after three steps, for every size."""
+    """Outputs and all states after three steps, for every size, in one launch each and in two."""
+    from genssm.kernels.mamba2_step import triton_step
+
+    compare_sizes(device, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_step, "_FEW_HEADS", 0)
+        compare_sizes(device, dtype)
+
+
+def compare_sizes(device: str, dtype: torch.dtype) -> None:
     saturation(device, "triton")
     for sizes in SIZES:
         for bias in (True, False)[: 1 + (sizes == SIZES[0])]:
@@ -174,16 +183,21 @@ def test_parity_in_the_interpreter() -> None:
     [(torch.float32, torch.float32), (torch.bfloat16, torch.float16), (torch.bfloat16, torch.bfloat16)],
     ids=str,
 )
-def test_compiles(target: tuple, dtype: torch.dtype, kept: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("launches", [1, 2])
+def test_compiles(
+    launches: int, target: tuple, dtype: torch.dtype, kept: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from genssm.kernels.mamba2_step import triton_step
 
-    caught = Caught().of(monkeypatch, triton_step.step_kernel)
+    caught = Caught().of(monkeypatch, triton_step.conv_kernel, triton_step.step_kernel)
+    monkeypatch.setattr(triton_step, "_FEW_HEADS", {1: 8, 2: 7}[launches])  # two rows of four heads
     given = problem((2, 4, 64, 128, 1, 4), torch.float32)
     projected, given["conv_windows"] = given.pop("projected")[:, 0].to(dtype), given["conv_windows"].to(dtype)
     given["ssm_state"] = given["ssm_state"].to(kept)
     triton_step.step_triton(projected, *given.values())
-    ((kernel, arguments),) = caught
-    compile_for(kernel, arguments, target)
+    assert len(caught) == launches
+    for kernel, arguments in caught:
+        compile_for(kernel, arguments, target)
 
 
 @pytest.mark.gpu

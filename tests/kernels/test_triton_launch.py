@@ -50,7 +50,7 @@ def normal(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     return made
 
 
-TENSORS = ("projected", "windows", "turns", "state", "weight", "bias", "a_log", "skip", "dt_bias", "y")
+TENSORS = ("projected", "windows", "turns", "state", "weight", "bias", "mapped", "a_log", "skip", "dt_bias", "y")
 
 
 def arguments(**changes: Tensor | int | None) -> dict:
@@ -86,6 +86,7 @@ def test_the_second_launch_runs_the_binary_on_addresses_in_the_order_of_the_para
         {"projected": torch.zeros(64, dtype=torch.bfloat16)},
         {"state": torch.zeros(65)[1:]},
         {"bias": None},
+        {"mapped": None},
         {"width": 16},
         {"width": 2**40},
         {"p_b": 1},
