@@ -43,6 +43,7 @@ _WANTED = 16  # programs per multiprocessor to aim at when it is
 _CHAIN_BLOCK = 128  # states of a program that chains segments
 _SEGMENT_CHUNKS = 4  # shortest segment worth its second pass
 _SHORTEST_CHUNKS = 2  # of a segment of the forward
+_SHARED_BYTES, _RESERVED_BYTES = 16384, 1024  # of shared memory: the tiles of a program of the backward, the device's own
 _PARTIAL_BYTES = 4  # bytes of partial dB and dC per token and channel to stay under where the device stays full
 
 
@@ -268,6 +269,7 @@ def scan_backward(
     chunk = chunk_steps(states)
     _, directions, chunks, _, _ = saved.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shared = block_e is state_lanes is unroll is None and _shared_fits(u, delta, B, C, z, grad_out)
     tile = backward_tile(states, block_e, state_lanes)
     unroll = unroll or 2
     group_blocks = tile.blocks(channels // groups)
@@ -336,54 +338,58 @@ def scan_backward(
                 grid = (groups * group_blocks * plan.segments * sequences * directions,)
                 launch(scan_adjoint_kernel, grid, carry=carry, decay=decay, **inputs, **_OPTIONS)
                 _chain(carry, decay, a, grad_last_state, reverse=True)
-            launch(
-                scan_backward_kernel,
-                (programs,),
+            arguments = {
                 **inputs,
                 **_OPTIONS,
                 **register_limit(u.device, _BACKWARD_REGISTERS),
-                grad_last=grad_last_state,
-                saved=saved,
-                u=u,
-                b=B,
-                skip=skip,
-                initial=initial_state,
-                first_steps=first_steps(orders, cu_seqlens, length, directions),
-                borders=cu_seqlens,
-                carry=carry,
-                scratch=new(programs, chunk // unroll, tile.channels * tile.NI * tile.NL),
-                du=per_token[0].final,
-                ddelta=per_token[1].final,
-                dz=per_token[2].final,
-                du_sum=per_token[0].partial,
-                ddelta_sum=per_token[1].partial,
-                dz_sum=per_token[2].partial,
-                da=da,
-                dbc=dbc,
-                dskip=dskip,
-                dbias=dbias,
-                dinitial=dinitial,
+                "grad_last": grad_last_state,
+                "saved": saved,
+                "u": u,
+                "b": B,
+                "skip": skip,
+                "initial": initial_state,
+                "first_steps": first_steps(orders, cu_seqlens, length, directions),
+                "borders": cu_seqlens,
+                "carry": carry,
+                "du": per_token[0].final,
+                "ddelta": per_token[1].final,
+                "dz": per_token[2].final,
+                "du_sum": per_token[0].partial,
+                "ddelta_sum": per_token[1].partial,
+                "dz_sum": per_token[2].partial,
+                "da": da,
+                "dbc": dbc,
+                "dskip": dskip,
+                "dbias": dbias,
+                "dinitial": dinitial,
                 **named("u", "bkle", strides(u)),
                 **named("b", "bklgn", b_strides),
-                skip_k=strides(skip, 2, directions=0)[0],
+                "skip_k": strides(skip, 2, directions=0)[0],
                 **named("i", "sken", strides(initial_state, 4)),
                 **named("gl", "sken", last_strides),
                 **named("du", "bk", per_token[0].strides),
                 **named("dd", "bk", per_token[1].strides),
                 **named("dz", "bk", per_token[2].strides),
-                sequences=sequences,
-                direction_programs=plan.direction_programs,
-                batch=batch,
-                block_programs=block_programs,
-                works=works,
-                work_programs=work_programs,
-                SEGMENTED=plan.segments > 1,
-                ADD_U=per_token[0].in_turn,
-                ADD_DELTA=per_token[1].in_turn,
-                ADD_Z=per_token[2].in_turn,
-                PREFETCH=compiled_for_nvidia(u.device.type),
-                AGAIN=block_programs < group_blocks,
-            )
+                "sequences": sequences,
+                "direction_programs": plan.direction_programs,
+                "batch": batch,
+                "block_programs": block_programs,
+                "works": works,
+                "work_programs": work_programs,
+                "SEGMENTED": plan.segments > 1,
+                "ADD_U": per_token[0].in_turn,
+                "ADD_DELTA": per_token[1].in_turn,
+                "ADD_Z": per_token[2].in_turn,
+                "PREFETCH": compiled_for_nvidia(u.device.type),
+                "AGAIN": block_programs < group_blocks,
+            }
+            if shared:
+                dropped = ("EC", "NI", "NL", "EL", "WIDE", "ALIGNED", "PREFETCH", "UNROLL")
+                arguments = {name: x for name, x in arguments.items() if name not in dropped}
+                launch(_shared_kernel(), (programs,), **arguments, **_SHARED)
+            else:
+                scratch = new(programs, chunk // unroll, tile.channels * tile.NI * tile.NL)
+                launch(scan_backward_kernel, (programs,), **arguments, scratch=scratch)
     du, ddelta, dz = (x.result() for x in per_token)
     dA = _sum(da, A.shape[0]).transpose(-1, -2).to(A.dtype).contiguous()
     dbc = dbc[0] if block_programs == 1 else dbc.sum(0)
@@ -392,6 +398,34 @@ def scan_backward(
     ddelta_bias = None if delta_bias is None else _sum(dbias, delta_bias.shape[0]).to(delta_bias.dtype)
     dinitial = None if dinitial is None else dinitial.to(initial_state.dtype)
     return du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial
+
+
+_SHARED = {"SPAN": 32, "UNROLL": 4, "KEEP": 0, "AHEAD": 2, "LATE": True, "REREAD": True}
+_USE_SHARED = True
+
+
+def _shared_fits(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None, grad_out: Tensor) -> bool:
+    """Whether `triton_backward_shared` takes the backward: its number of states, NVIDIA's larger shared memories."""
+    if not _USE_SHARED or not 8 < B.shape[-1] <= 16 or wide(u, delta, B, C, z, grad_out):
+        return False
+    if not compiled_for_nvidia(u.device.type) or _shared_kernel() is None:
+        return False
+    return _shared_memory(u.device.index or 0) >= _BACKWARD_RESIDENT * (_SHARED_BYTES + _RESERVED_BYTES)
+
+
+@functools.cache
+def _shared_memory(index: int) -> int:
+    return torch.cuda.get_device_properties(index).shared_memory_per_multiprocessor
+
+
+@functools.cache
+def _shared_kernel():
+    """The kernel in Gluon, or None where this Triton has none that is known to compile it."""
+    try:
+        from genssm.kernels.selective_scan.triton_backward_shared import scan_backward_shared_kernel
+    except ImportError:
+        return None
+    return scan_backward_shared_kernel
 
 
 class _Summed:
