@@ -269,20 +269,22 @@ def scan_backward(
     chunk = chunk_steps(states)
     _, directions, chunks, _, _ = saved.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shared = block_e is state_lanes is unroll is None and _shared_fits(u, delta, B, C, z, grad_out)
+    gluon = block_e is state_lanes is unroll is None and _shared_fits(u, delta, B, C, z, grad_out)
     tile = backward_tile(states, block_e, state_lanes)
     unroll = unroll or 2
-    group_blocks = tile.blocks(channels // groups)
+    warps = _SHARED["WARPS"] if gluon else 1
+    block = _LANES * warps if gluon else tile.channels
+    group_blocks = -(-(channels // groups) // block)
     if block_programs is None:
         block_programs = _block_programs(group_blocks, groups, channels, states)
     shared = [x is not None and x.shape[1] == 1 for x in (u, delta, z)]
     summed = directions > 1 and any(shared)
-    programs = sequences * groups * block_programs
+    programs = sequences * groups * block_programs * warps
     plan = _split(programs, directions, summed, chunks, cu_seqlens, segments, _BACKWARD_ENOUGH, u.device)
     works = sequences * plan.segments
     work_programs = works
     if plan.segments == 1:
-        wanted = _BACKWARD_RESIDENT * processors(u.device)
+        wanted = _BACKWARD_RESIDENT * processors(u.device) // warps
         work_programs = min(works, -(-wanted // (groups * block_programs * plan.direction_programs)))
         work_programs = -(-works // -(-works // max(work_programs, 1))) if works else 0
     programs = block_programs * groups * plan.direction_programs * work_programs
@@ -335,7 +337,7 @@ def scan_backward(
             if plan.segments > 1:
                 carry = new(sequences, directions, plan.segments, states, channels)
                 decay = new(sequences, directions, plan.segments, channels)
-                grid = (groups * group_blocks * plan.segments * sequences * directions,)
+                grid = (groups * tile.blocks(channels // groups) * plan.segments * sequences * directions,)
                 launch(scan_adjoint_kernel, grid, carry=carry, decay=decay, **inputs, **_OPTIONS)
                 _chain(carry, decay, a, grad_last_state, reverse=True)
             arguments = {
@@ -383,10 +385,10 @@ def scan_backward(
                 "PREFETCH": compiled_for_nvidia(u.device.type),
                 "AGAIN": block_programs < group_blocks,
             }
-            if shared:
+            if gluon:
                 dropped = ("EC", "NI", "NL", "EL", "WIDE", "ALIGNED", "PREFETCH", "UNROLL")
                 arguments = {name: x for name, x in arguments.items() if name not in dropped}
-                launch(_shared_kernel(), (programs,), **arguments, **_SHARED)
+                launch(_shared_kernel(), (programs,), **{**arguments, **_SHARED, "num_warps": warps})
             else:
                 scratch = new(programs, chunk // unroll, tile.channels * tile.NI * tile.NL)
                 launch(scan_backward_kernel, (programs,), **arguments, scratch=scratch)
@@ -400,7 +402,7 @@ def scan_backward(
     return du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial
 
 
-_SHARED = {"SPAN": 32, "UNROLL": 4, "KEEP": 0, "AHEAD": 2, "LATE": True, "REREAD": True}
+_SHARED = {"WARPS": 1, "SPAN": 32, "UNROLL": 4, "KEEP": 0, "AHEAD": True, "REREAD": True}
 _USE_SHARED = True
 
 
