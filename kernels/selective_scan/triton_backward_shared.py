@@ -145,14 +145,13 @@ def _activated(raw, seen, SOFTPLUS: gl.constexpr):
 
 
 @gluon.jit
-def _emit(value, final, final_at, partial, partial_at, row, CHANNELS, mask, k64, directions, ACCUMULATE: gl.constexpr):
-    """As `triton_backward._emit`."""
+def _emit(value, earlier, final, final_at, partial, partial_at, row, CHANNELS, mask, on, ACCUMULATE: gl.constexpr):
+    """Store a per-token gradient; ACCUMULATE adds what ``earlier`` directions left, and leaves it where ``on``."""
     final_at = _at(final, final_at, row, _bytes(final, CHANNELS))
     if ACCUMULATE:
-        partial_at = _at(partial, partial_at, row, _bytes(partial, CHANNELS))
-        value = value + _load(partial_at, mask & (k64 > 0))
-        gl.store(partial_at, value, mask=mask & (k64 < directions - 1))
-        mask = mask & (k64 == directions - 1)
+        value = value + earlier
+        gl.store(_at(partial, partial_at, row, _bytes(partial, CHANNELS)), value, mask=mask & on)
+        mask = mask & (on == 0)
     gl.store(final_at, value.to(final.dtype.element_ty), mask=mask)
 
 
@@ -420,6 +419,7 @@ def scan_backward_shared_kernel(
         last_column = gl.minimum(GROUP_CHANNELS - inside, LANES) - 1
         for k in range(first_direction, directions, direction_programs):
             k64 = k.to(gl.int64)
+            on = k < directions - 1  # another direction adds to what directions share
             order = orders
             if orders is not None:
                 order = orders + k64 * length
@@ -477,7 +477,7 @@ def scan_backward_shared_kernel(
                     dz_sum_at = _address(dz_sum + row_batch * dz_b + origin + ev)
                 slot = ((block_program * batch + row_batch) * directions + k64) * length
                 dbc_at = _address(dbc + (slot * GROUPS + group) * (2 * STATES) + pair)
-                if AHEAD:  # a lane's sector of a line of u, delta or B, and of the rows that directions add to
+                if AHEAD:  # a lane's sector of a line of u, delta or B
                     column = (channel - lane) + sector * (256 // u.dtype.element_ty.primitive_bitwidth)
                     u_line = _address(u_near + gl.minimum(column, last_column) * u_e)
                     column = (channel - lane) + sector * (256 // delta.dtype.element_ty.primitive_bitwidth)
@@ -486,13 +486,6 @@ def scan_backward_shared_kernel(
                     b_line = _address(b_near + gl.minimum(column, STATES - 1) * b_n)
                     line = gl.where(piece == 0, u_line, gl.where(piece == 1, d_line, b_line))
                     line_step = gl.where(piece == 0, u_step, gl.where(piece == 1, d_step, b_step))
-                    column = gl.minimum(channel - lane + (lane & 3) * 8, last_column)
-                    if ADD_U:
-                        du_line = _address(du_sum + row_batch * du_b + origin + column)
-                    if ADD_DELTA:
-                        dd_line = _address(ddelta_sum + row_batch * dd_b + origin + column)
-                    if ADD_Z:
-                        dz_line = _address(dz_sum + row_batch * dz_b + origin + column)
 
                 kept = saved + (row_batch * directions + k64) * chunks * (STATES * CHANNELS) + origin
                 low = first // CHUNK + segment * segment_chunks
@@ -567,14 +560,7 @@ def scan_backward_shared_kernel(
                             ds = ds + (gl.load(_at(delta, d_at, row, d_step), mask=e_mask, other=0.0),)
                             bs = bs + (gl.load(_at(b, b_at, row, b_step), mask=n_mask, other=0.0),)
                         if AHEAD:
-                            ahead = _of_step(rows, gl.maximum(base - UNROLL + token, start))
-                            _prefetch(line, ahead, line_step)
-                            if ADD_U:
-                                _prefetch(du_line, ahead, _bytes(du_sum, CHANNELS))
-                            if ADD_DELTA:
-                                _prefetch(dd_line, ahead, _bytes(ddelta_sum, CHANNELS))
-                            if ADD_Z:
-                                _prefetch(dz_line, ahead, _bytes(dz_sum, CHANNELS))
+                            _prefetch(line, _of_step(rows, gl.maximum(base - UNROLL + token, start)), line_step)
                         steps = ()
                         before = ()
                         decays = ()
@@ -598,6 +584,9 @@ def scan_backward_shared_kernel(
                                 ct = next_c
                                 if z is not None:
                                     z_t = next_z.to(gl.float32)
+                                du_before = next_du
+                                dd_before = next_dd
+                                dz_before = next_dz
                             if i > 0:
                                 next_row = _of_step(rows, gl.minimum(base + i - 1, stop - 1))
                                 live = base + i - 1 < stop
@@ -609,6 +598,18 @@ def scan_backward_shared_kernel(
                                     n_mask = state_mask & live
                                 next_g = gl.load(_at(grad, g_at, next_row, g_step), mask=ev_mask & live, other=0.0)
                                 next_c = gl.load(_at(c, c_at, next_row, c_step), mask=n_mask, other=0.0)
+                                next_du = 0.0
+                                next_dd = 0.0
+                                next_dz = 0.0
+                                if ADD_U:
+                                    earlier = _at(du_sum, du_sum_at, next_row, _bytes(du_sum, CHANNELS))
+                                    next_du = _load(earlier, ev_mask & live & (k64 > 0))
+                                if ADD_DELTA:
+                                    earlier = _at(ddelta_sum, dd_sum_at, next_row, _bytes(ddelta_sum, CHANNELS))
+                                    next_dd = _load(earlier, ev_mask & live & (k64 > 0))
+                                if ADD_Z:
+                                    earlier = _at(dz_sum, dz_sum_at, next_row, _bytes(dz_sum, CHANNELS))
+                                    next_dz = _load(earlier, ev_mask & live & (k64 > 0))
                                 if z is not None:
                                     next_z = gl.load(_at(z, z_at, next_row, z_step), mask=e_mask, other=0.0)
                             if i < UNROLL:
@@ -626,9 +627,7 @@ def scan_backward_shared_kernel(
                                     if skip is not None:
                                         y = y + skip_e * u_t
                                     dz_t = g * y * gate * (1.0 + z_t * (1.0 - gate))
-                                    _emit(
-                                        dz_t, dz, dz_at, dz_sum, dz_sum_at, row, CHANNELS, mask, k64, directions, ADD_Z
-                                    )
+                                    _emit(dz_t, dz_before, dz, dz_at, dz_sum, dz_sum_at, row, CHANNELS, mask, on, ADD_Z)
                                     g = g * z_t * gate
                                 g_tile = _tile(g)
                                 adjoint = _times_plus(g_tile, (ct, ct, ct, ct), adjoint)
@@ -666,20 +665,9 @@ def scan_backward_shared_kernel(
                                     dd_t = dd_t * _sigmoid(_biased(ds[i], bias_e, bias is not None))
                                 dd_t = gl.where(seen, dd_t, 0.0)
                                 bias_sum = bias_sum + dd_t
-                                _emit(du_t, du, du_at, du_sum, du_sum_at, row, CHANNELS, mask, k64, directions, ADD_U)
-                                _emit(
-                                    dd_t,
-                                    ddelta,
-                                    dd_at,
-                                    ddelta_sum,
-                                    dd_sum_at,
-                                    row,
-                                    CHANNELS,
-                                    mask,
-                                    k64,
-                                    directions,
-                                    ADD_DELTA,
-                                )
+                                _emit(du_t, du_before, du, du_at, du_sum, du_sum_at, row, CHANNELS, mask, on, ADD_U)
+                                dd_sum = ddelta_sum
+                                _emit(dd_t, dd_before, ddelta, dd_at, dd_sum, dd_sum_at, row, CHANNELS, mask, on, ADD_DELTA)
                         if WARPS > 1:
                             row = gl.minimum(base + own_token, stop - 1)
                             if orders is not None:

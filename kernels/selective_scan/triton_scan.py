@@ -39,7 +39,6 @@ _BACKWARD_RESIDENT = 12  # programs of the backward on a multiprocessor
 _BACKWARD_REGISTERS = 168  # twelve programs on a multiprocessor are worth some spilled registers
 _FORWARD_ENOUGH, _BACKWARD_ENOUGH = 4, 6  # programs per multiprocessor from which on time is not split
 _FORWARD_FULL = 8  # programs per multiprocessor from which on the forward needs no smaller ones
-_WANTED = 16  # programs per multiprocessor to aim at when it is
 _CHAIN_BLOCK = 128  # states of a program that chains segments
 _SEGMENT_CHUNKS = 4  # shortest segment worth its second pass
 _SHORTEST_CHUNKS = 2  # of a segment of the forward
@@ -479,8 +478,8 @@ def _split(
     if segments is None:
         segments = 1
         if cu_seqlens is None and 0 < programs * directions < enough:
-            wanted = -(-_WANTED * processors(device) // (programs * directions))
-            segments = max(1, min(wanted, chunks // _SEGMENT_CHUNKS))
+            fitting = _BACKWARD_RESIDENT * processors(device) // (programs * directions)
+            segments = max(1, min(fitting, chunks // _SEGMENT_CHUNKS))
     if cu_seqlens is not None:
         segments = 1  # packed sequences are the pieces already
     segment_chunks = -(-chunks // segments)
