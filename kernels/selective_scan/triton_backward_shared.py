@@ -21,7 +21,7 @@ from genssm.kernels.selective_scan.triton_backward import _RUNTIME
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-HELD = gl.constexpr(16)  # states of a channel, and elements of a tile in a lane
+
 
 
 @gluon.jit
@@ -238,14 +238,15 @@ def _joined(x, COUNT: gl.constexpr):
 
 @gluon.jit
 def _keep(scratch, tile, WHOLE: gl.constexpr):
-    """Store a tile: sixteen neighbours of a lane, which the layout of ``scratch`` spreads over the banks."""
+    """Store a tile: four parts (4, lanes, 4), so that one address and no two lanes in a bank do for all accesses."""
     whole = gl.join(gl.join(tile[0], tile[1]), gl.join(tile[2], tile[3]))  # (lanes, 4, 2, 2)
-    scratch.store(gl.convert_layout(gl.reshape(whole, scratch.shape), WHOLE))
+    scratch.store(gl.convert_layout(gl.reshape(gl.permute(whole, [3, 2, 0, 1]), scratch.shape), WHOLE))
 
 
 @gluon.jit
 def _kept(scratch, TILE: gl.constexpr, WHOLE: gl.constexpr):
-    even, odd = gl.split(gl.reshape(scratch.load(WHOLE), [scratch.shape[0], 4, 2, 2]))
+    whole = gl.reshape(scratch.load(WHOLE), [2, 2, scratch.shape[1], 4])
+    even, odd = gl.split(gl.permute(whole, [2, 3, 1, 0]))
     x0, x1 = gl.split(even)
     x2, x3 = gl.split(odd)
     x0 = gl.convert_layout(x0, TILE)
@@ -374,7 +375,7 @@ def scan_backward_shared_kernel(
     PARTS: gl.constexpr = CHUNK // SPAN
     TRIPS: gl.constexpr = SPAN // UNROLL  # of a part
     TILE: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
-    WHOLE: gl.constexpr = gl.BlockedLayout([1, HELD], [32, 1], [WARPS, 1], [1, 0])
+    WHOLE: gl.constexpr = gl.BlockedLayout([4, 1, 4], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
     VECTOR: gl.constexpr = gl.SliceLayout(1, TILE)
     gl.static_assert(CHUNK == 32)
     block_program = gl.program_id(0) % block_programs
@@ -392,7 +393,7 @@ def scan_backward_shared_kernel(
     nothing = zero.to(gl.float32)
     zeros = gl.full([LANES, 4], 0.0, gl.float32, TILE)
     scratch = gl.allocate_shared_memory(
-        gl.float32, [TRIPS, LANES, HELD], gl.SwizzledSharedLayout(4, 2, 4, [1, 0])
+        gl.float32, [TRIPS, 4, LANES, 4], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     )
     if WARPS > 1:  # dB and dC of a trip, of every warp
         TRIP: gl.constexpr = gl.BlockedLayout([1, UNROLL], [32, 1], [WARPS, 1], [1, 0])
