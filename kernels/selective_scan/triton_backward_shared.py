@@ -23,7 +23,6 @@ LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 
 
-
 @gluon.jit
 def _swapped(x, BY: gl.constexpr):
     """What lane ^ BY has."""
@@ -392,9 +391,7 @@ def scan_backward_shared_kernel(
     of_c = (lane & 4) != 0  # where dB and dC are one value for a lane, dC belongs to the upper four of each eight
     nothing = zero.to(gl.float32)
     zeros = gl.full([LANES, 4], 0.0, gl.float32, TILE)
-    scratch = gl.allocate_shared_memory(
-        gl.float32, [TRIPS, 4, LANES, 4], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    )
+    scratch = gl.allocate_shared_memory(gl.float32, [TRIPS, 4, LANES, 4], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     if WARPS > 1:  # dB and dC of a trip, of every warp
         TRIP: gl.constexpr = gl.BlockedLayout([1, UNROLL], [32, 1], [WARPS, 1], [1, 0])
         JOINED: gl.constexpr = gl.BlockedLayout([1, UNROLL // WARPS], [32, 1], [1, WARPS], [1, 0])
@@ -668,7 +665,19 @@ def scan_backward_shared_kernel(
                                 bias_sum = bias_sum + dd_t
                                 _emit(du_t, du_before, du, du_at, du_sum, du_sum_at, row, CHANNELS, mask, on, ADD_U)
                                 dd_sum = ddelta_sum
-                                _emit(dd_t, dd_before, ddelta, dd_at, dd_sum, dd_sum_at, row, CHANNELS, mask, on, ADD_DELTA)
+                                _emit(
+                                    dd_t,
+                                    dd_before,
+                                    ddelta,
+                                    dd_at,
+                                    dd_sum,
+                                    dd_sum_at,
+                                    row,
+                                    CHANNELS,
+                                    mask,
+                                    on,
+                                    ADD_DELTA,
+                                )
                         if WARPS > 1:
                             row = gl.minimum(base + own_token, stop - 1)
                             if orders is not None:

@@ -42,7 +42,10 @@ _FORWARD_FULL = 8  # programs per multiprocessor from which on the forward needs
 _CHAIN_BLOCK = 128  # states of a program that chains segments
 _SEGMENT_CHUNKS = 4  # shortest segment worth its second pass
 _SHORTEST_CHUNKS = 2  # of a segment of the forward
-_SHARED_BYTES, _RESERVED_BYTES = 16384, 1024  # of shared memory: the tiles of a program of the backward, the device's own
+_SHARED_BYTES, _RESERVED_BYTES = (
+    16384,
+    1024,
+)  # of shared memory: the tiles of a program of the backward, the device's own
 _PARTIAL_BYTES = 4  # bytes of partial dB and dC per token and channel to stay under where the device stays full
 
 
