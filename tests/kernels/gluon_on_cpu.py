@@ -198,23 +198,26 @@ def _language(memory: Memory, state: types.SimpleNamespace) -> types.ModuleType:
 
 
 class Kernel:
-    """A kernel of a module, to be launched with arguments by name."""
+    """A kernel of the last of some modules, to be launched with arguments by name."""
 
-    def __init__(self, module: str, name: str) -> None:
+    def __init__(self, name: str, *modules: str) -> None:
         self.memory, self.state = Memory(), types.SimpleNamespace(program=0)
         gluon = types.ModuleType("triton.experimental.gluon")
         gluon.language = _language(self.memory, self.state)
         gluon.jit = lambda function=None, **options: function or (lambda given: given)
-        source = Path(importlib.util.find_spec(module).origin)
-        names = {"__name__": module, "range": lambda *ends: (Value(np.int32(i)) for i in range(*map(int, ends)))}
         with pytest.MonkeyPatch.context() as patch:
             import triton.experimental.gluon
 
             patch.setattr(triton.experimental, "gluon", gluon)
             patch.setitem(sys.modules, "triton.experimental.gluon", gluon)
             patch.setitem(sys.modules, "triton.experimental.gluon.language", gluon.language)
-            exec(compile(source.read_text(), str(source), "exec"), names)  # in which imports find the above
-        self.function = names[name]
+            for module in modules:
+                source = Path(importlib.util.find_spec(module).origin)
+                made = types.ModuleType(module)
+                made.range = lambda *ends: (Value(np.int32(i)) for i in range(*map(int, ends)))
+                exec(compile(source.read_text(), str(source), "exec"), vars(made))  # whose imports find the above
+                patch.setitem(sys.modules, module, made)
+        self.function = vars(made)[name]
         self.parameters = set(inspect.signature(self.function).parameters)
 
     def launch(self, grid: tuple[int, ...], arguments: dict) -> None:
@@ -236,7 +239,8 @@ def use_for_the_scan(patch: pytest.MonkeyPatch) -> None:
     """The scan's backward of 9 to 16 states as it runs on large NVIDIA devices."""
     from genssm.kernels.selective_scan import triton_scan
 
-    kernel = Kernel("genssm.kernels.selective_scan.triton_backward_shared", "scan_backward_shared_kernel")
+    names = ("triton_shared_tiles", "triton_backward_shared")
+    kernel = Kernel("scan_backward_shared_kernel", *(f"genssm.kernels.selective_scan.{name}" for name in names))
     others = triton_scan.launch
 
     def launch(launched, grid: tuple[int, ...], /, **arguments) -> None:
