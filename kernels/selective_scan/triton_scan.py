@@ -37,6 +37,10 @@ _FORWARD_RESIDENT = 12  # programs of the forward on a multiprocessor
 _FORWARD_REGISTERS = 160  # of a lane; without a limit the compiler stops at 128 and waits more
 _BACKWARD_RESIDENT = 12  # programs of the backward on a multiprocessor
 _BACKWARD_REGISTERS = 168  # twelve programs on a multiprocessor are worth some spilled registers
+_FORWARD_WARPS = 4  # of a program of the forward whose warps share states
+_FORWARD_TRIP = 16  # tokens that it takes between two barriers
+_FORWARD_SHARED_BYTES = 3 * 30 * 1024  # of shared memory that as many of its programs as run at once take
+_FORWARD_SHARED_REGISTERS = 168  # of a lane; twelve warps are what few programs make
 _FORWARD_ENOUGH, _BACKWARD_ENOUGH = 4, 6  # programs per multiprocessor from which on time is not split
 _FORWARD_FULL = 8  # programs per multiprocessor from which on the forward needs no smaller ones
 _CHAIN_BLOCK = 128  # states of a program that chains segments
@@ -132,20 +136,23 @@ def scan_forward(
     directions = directions_of(orders, u, delta, A, B, C, D, z, delta_bias)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     summed = reduce_sum and directions > 1
+    out = u.new_empty((batch, length, channels) if reduce_sum else (batch, directions, length, channels))
+    works = sequences * groups
+    shares = block_e is state_lanes is unroll is None and _forward_shares(
+        works, channels // groups, states, directions, summed, wide(u, delta, B, C, z, out), u.device
+    )
     if block_e is None and state_lanes is None:
-        block_e, state_lanes = _forward_sizes(
-            sequences * groups, channels // groups, states, directions, summed, u.device
-        )
+        block_e, state_lanes = _forward_sizes(works, channels // groups, states, directions, summed, u.device)
     tile = forward_tile(channels // groups, states, block_e, state_lanes)
     unroll = unroll or 4
-    group_blocks = tile.blocks(channels // groups)
+    block = _LANES if shares else tile.channels
+    warps = _FORWARD_WARPS if shares else 1
+    group_blocks = -(-(channels // groups) // block)
     saved = u.new_empty(saved_shape(batch, directions, length, channels, states, sequences), dtype=torch.float32)
     chunks = saved.shape[2]
     last = u.new_empty(sequences, directions, channels, states, dtype=torch.float32)
-    programs = sequences * groups * group_blocks
-    plan = _forward_split(programs, directions, summed, chunks, cu_seqlens, segments, u.device)
+    plan = _forward_split(works * group_blocks, warps, directions, summed, chunks, cu_seqlens, segments, u.device)
     in_turn = summed and plan.direction_programs == 1
-    out = u.new_empty((batch, length, channels) if reduce_sum else (batch, directions, length, channels))
     target = out
     if summed and (not in_turn or out.dtype != torch.float32):
         shape = (batch, length, channels) if in_turn else (batch, directions, length, channels)
@@ -204,25 +211,33 @@ def scan_forward(
             "SOFTPLUS": delta_softplus,
             "SEGMENTED": plan.segments > 1,
             "ACCUMULATE": in_turn,
-            "ALIGNED": _aligned(b_strides, c_strides),
             "CHANNELS": channels,
             "GROUP_CHANNELS": channels // groups,
             "STATES": states,
-            "WIDE": wide(u, delta, B, C, z, out),
             "CHUNK": chunk_steps(states),
-            "WINDOW": max(_WINDOW, unroll),  # whole trips
-            "PREFETCH": compiled_for_nvidia(u.device.type),
-            "UNROLL": unroll,
-            **vars(tile),
             **_OPTIONS,
-            **register_limit(u.device, _FORWARD_REGISTERS),
         }
-        works = groups * group_blocks * plan.direction_programs * sequences
+        if shares:
+            kernel = _forward_kernel()
+            arguments |= {"BLOCK": block, "WARPS": warps, "TRIP": _FORWARD_TRIP, "num_warps": warps}
+            arguments |= register_limit(u.device, _FORWARD_SHARED_REGISTERS)
+        else:
+            kernel = scan_forward_kernel
+            arguments |= {
+                "ALIGNED": _aligned(b_strides, c_strides),
+                "WIDE": wide(u, delta, B, C, z, out),
+                "WINDOW": max(_WINDOW, unroll),  # whole trips
+                "PREFETCH": compiled_for_nvidia(u.device.type),
+                "UNROLL": unroll,
+                **vars(tile),
+                **register_limit(u.device, _FORWARD_REGISTERS),
+            }
+        programs = works * group_blocks * plan.direction_programs
         if plan.segments > 1:
             local = {**arguments, "segment_programs": plan.segments - 1, "OUTPUT": False}
-            launch(scan_forward_kernel, (works * (plan.segments - 1),), **local)
+            launch(kernel, (programs * (plan.segments - 1),), **local)
             _chain(carry, decay, a, initial_state, reverse=False)
-        launch(scan_forward_kernel, (works * plan.segments,), **arguments, OUTPUT=True)
+        launch(kernel, (programs * plan.segments,), **arguments, OUTPUT=True)
         if target.ndim > out.ndim:
             out = target.sum(1).to(out.dtype)
     return out, last, saved
@@ -506,8 +521,34 @@ def _forward_sizes(
     return (_LANES, 2) if enough <= programs < 2 * full else (None, None)
 
 
+def _forward_shares(
+    works: int, channels: int, states: int, directions: int, summed: bool, wide: bool, device: torch.device
+) -> bool:
+    """Whether `triton_forward_shared` takes the forward, for ``works`` sequences x groups: where the plain kernel's
+    programs would be few, on NVIDIA devices that have the shared memory."""
+    if wide or not 8 < states <= 16 or not compiled_for_nvidia(device.type) or _forward_kernel() is None:
+        return False
+    programs = works * -(-channels // (2 * _LANES))
+    if not summed or programs < _FORWARD_ENOUGH * processors(device):
+        programs *= directions
+    if programs >= _FORWARD_FULL * processors(device):
+        return False
+    return _shared_memory(device.index or 0) >= _FORWARD_SHARED_BYTES
+
+
+@functools.cache
+def _forward_kernel():
+    """The kernel in Gluon, or None where this Triton has none that is known to compile it."""
+    try:
+        from genssm.kernels.selective_scan.triton_forward_shared import scan_forward_shared_kernel
+    except ImportError:
+        return None
+    return scan_forward_shared_kernel
+
+
 def _forward_split(
     programs: int,
+    warps: int,
     directions: int,
     summed: bool,
     chunks: int,
@@ -516,14 +557,15 @@ def _forward_split(
     device: torch.device,
 ) -> _Split:
     """As `_split`; as many segments as make programs that all run at once, because a few more would run alone."""
+    resident = _FORWARD_RESIDENT * processors(device) // warps
+    enough = _FORWARD_ENOUGH * processors(device) if warps == 1 else resident
     if segments is None:
-        if summed and programs >= _FORWARD_ENOUGH * processors(device):
+        if summed and programs >= enough:
             return _Split(1, 1, chunks)
         segments = 1
         programs *= directions
-        if 0 < programs < _FORWARD_ENOUGH * processors(device):
-            fitting = _FORWARD_RESIDENT * processors(device) // programs
-            segments = max(1, min(fitting, chunks // _SHORTEST_CHUNKS))
+        if 0 < programs < enough:
+            segments = max(1, min(resident // programs, chunks // _SHORTEST_CHUNKS))
     elif summed and segments == 1:
         return _Split(1, 1, chunks)
     if cu_seqlens is not None:

@@ -97,6 +97,10 @@ class Shared:
         assert 0 <= int(i) < len(self.numbers)
         return Shared(self.numbers[int(i)])
 
+    def slice(self, start: int, length: int) -> "Shared":
+        assert start >= 0 and start + length <= len(self.numbers)
+        return Shared(self.numbers[start : start + length])
+
     def store(self, value: Value) -> None:
         self.numbers[...] = value.x
 
@@ -236,19 +240,22 @@ class Kernel:
 
 
 def use_for_the_scan(patch: pytest.MonkeyPatch) -> None:
-    """The scan's backward of 9 to 16 states as it runs on large NVIDIA devices."""
+    """The scan of 9 to 16 states as it runs on large NVIDIA devices."""
     from genssm.kernels.selective_scan import triton_scan
 
-    names = ("triton_shared_tiles", "triton_backward_shared")
-    kernel = Kernel("scan_backward_shared_kernel", *(f"genssm.kernels.selective_scan.{name}" for name in names))
+    modules = "genssm.kernels.selective_scan.triton_shared_tiles", "genssm.kernels.selective_scan."
+    forward = Kernel("scan_forward_shared_kernel", modules[0], modules[1] + "triton_forward_shared")
+    backward = Kernel("scan_backward_shared_kernel", modules[0], modules[1] + "triton_backward_shared")
     others = triton_scan.launch
 
     def launch(launched, grid: tuple[int, ...], /, **arguments) -> None:
-        if launched is kernel:
-            kernel.launch(grid, arguments)
+        if isinstance(launched, Kernel):
+            launched.launch(grid, arguments)
         else:
             others(launched, grid, **arguments)
 
     patch.setattr(triton_scan, "launch", launch)
-    patch.setattr(triton_scan, "_shared_kernel", lambda: kernel)
+    patch.setattr(triton_scan, "_shared_kernel", lambda: backward)
     patch.setattr(triton_scan, "_shared_fits", lambda *tensors: True)
+    patch.setattr(triton_scan, "_forward_kernel", lambda: forward)
+    patch.setattr(triton_scan, "_forward_shares", lambda *given: True)

@@ -159,11 +159,13 @@ def _force(name: str, patch: pytest.MonkeyPatch) -> None:
 
     if name == "segments":
         patch.setattr(triton_scan, "_FORWARD_ENOUGH", 10**6)
+        patch.setattr(triton_scan, "_FORWARD_RESIDENT", 10**6)
         patch.setattr(triton_scan, "_BACKWARD_ENOUGH", 10**6)
         patch.setattr(triton_scan, "_SEGMENT_CHUNKS", 1)
         patch.setattr(triton_scan, "_SHORTEST_CHUNKS", 1)
     if name == "in turn":
         patch.setattr(triton_scan, "_FORWARD_ENOUGH", 0)
+        patch.setattr(triton_scan, "_FORWARD_RESIDENT", 0)
         patch.setattr(triton_scan, "_BACKWARD_ENOUGH", 0)
     if name == "long trips":
         patch.setattr(triton_scan, "scan_forward", functools.partial(triton_scan.scan_forward, unroll=8))
