@@ -39,6 +39,7 @@ _BACKWARD_RESIDENT = 12  # programs of the backward on a multiprocessor
 _BACKWARD_REGISTERS = 168  # twelve programs on a multiprocessor are worth some spilled registers
 _FORWARD_WARPS = 4  # of a program of the forward whose warps share states
 _FORWARD_TRIP = 16  # tokens that it takes between two barriers
+_FORWARD_BLOCK = 32  # channels of such a program
 _FORWARD_SHARED_BYTES = 3 * 30 * 1024  # of shared memory that as many of its programs as run at once take
 _FORWARD_SHARED_REGISTERS = 168  # of a lane; twelve warps are what few programs make
 _FORWARD_ENOUGH, _BACKWARD_ENOUGH = 4, 6  # programs per multiprocessor from which on time is not split
@@ -145,7 +146,7 @@ def scan_forward(
         block_e, state_lanes = _forward_sizes(works, channels // groups, states, directions, summed, u.device)
     tile = forward_tile(channels // groups, states, block_e, state_lanes)
     unroll = unroll or 4
-    block = _LANES if shares else tile.channels
+    block = _FORWARD_BLOCK if shares else tile.channels
     warps = _FORWARD_WARPS if shares else 1
     group_blocks = -(-(channels // groups) // block)
     saved = u.new_empty(saved_shape(batch, directions, length, channels, states, sequences), dtype=torch.float32)

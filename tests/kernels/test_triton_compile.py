@@ -47,6 +47,7 @@ def compile_for(kernel, arguments: dict, target: tuple):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
@@ -63,7 +64,8 @@ def compile_for(kernel, arguments: dict, target: tuple):
             if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     options = {name: value for name, value in arguments.items() if name not in signature}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    make = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = make(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget(*target), options=options)
     assert compiled.metadata.shared <= SHARED_LIMIT
     return compiled
@@ -236,6 +238,7 @@ def test_prefetching_compiles(name: str, arch: int, monkeypatch: pytest.MonkeyPa
     from genssm.kernels.selective_scan import triton_scan
 
     monkeypatch.setattr(triton_scan, "compiled_for_nvidia", lambda device: True)
+    monkeypatch.setattr(triton_scan, "_shared_memory", lambda index: 0)
     for kernel, arguments in scan_launches(**OPTIONS[name], unroll=1):
         assembly = compile_for(kernel, arguments, ("cuda", arch, 32)).asm["ptx"]
         assert ("prefetch.global.L1" in assembly) == (
@@ -255,6 +258,7 @@ def test_registers_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
     from genssm.kernels.selective_scan import triton_scan
 
     monkeypatch.setattr(triton_scan, "compiled_for_nvidia", lambda device: True)
+    monkeypatch.setattr(triton_scan, "_shared_memory", lambda index: 0)
     launches = scan_launches(states=16, channels=1536, length=8)
     launches += conv_launches(4, channels=1536) + conv_launches(4, channels=1536, directions=1)
     monkeypatch.setattr(triton_scan, "_FORWARD_FULL", 10**6)
@@ -267,6 +271,37 @@ def test_registers_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found["REG"] <= registers, (kernel.__name__, found)
         assert found["STACK"] <= stack, (kernel.__name__, found)
     assert {arguments.get("NL") for _, arguments in launches} == {None, 1, 2, 4}
+
+
+SHARED = {
+    "of a model": ({"states": 16, "channels": 1536, "segments": 2}, 90),
+    "directions in turn": ({"states": 16, "directions": 2, "segments": 1}, 80),
+    "packed from states": ({"states": 9, "channels": 40, "packed": True, "initial": True}, 86),
+    "bare": ({"states": 16, "without": "D z delta_bias softplus orders", "dtype": torch.float32}, 100),
+    "lengths": ({"states": 13, "lengths": True, "dtype": torch.float16}, 120),
+}
+
+
+@pytest.mark.parametrize(("options", "arch"), SHARED.values(), ids=SHARED.keys())
+def test_forward_in_shared_memory(options: dict, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One barrier per trip, twelve warps on a multiprocessor, at most some spills outside of the loop."""
+    from genssm.kernels.selective_scan import triton_scan
+
+    monkeypatch.setattr(triton_scan, "compiled_for_nvidia", lambda device: True)
+    monkeypatch.setattr(triton_scan, "_shared_memory", lambda index: 10**6)
+    monkeypatch.setattr(triton_scan, "_shared_fits", lambda *tensors: False)
+    monkeypatch.setattr(triton_scan, "_FORWARD_FULL", 10**6)
+    launches = Caught().of(monkeypatch, triton_scan._forward_kernel())
+    scan_launches(**options)
+    assert [arguments["OUTPUT"] for _, arguments in launches] == (
+        [False, True] if options.get("segments") == 2 else [True]
+    )
+    for kernel, arguments in launches:
+        compiled = compile_for(kernel, arguments, ("cuda", arch, 32))
+        found = resources(compiled)
+        assert found["REG"] <= 168 and found["STACK"] <= 256, found
+        assert 3 * (compiled.metadata.shared + 1024) <= triton_scan._FORWARD_SHARED_BYTES
+        assert compiled.asm["ptx"].count("bar.sync") <= 8
 
 
 @pytest.mark.parametrize("target", [TARGETS[i] for i in (0, 3, 4, 5, 7)], ids=lambda target: str(target[1]))
