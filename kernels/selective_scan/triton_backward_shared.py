@@ -25,9 +25,11 @@ from genssm.kernels.selective_scan.triton_shared_tiles import (
     joined,
     load_float,
     load_kept,
+    load_seen,
     load_tile,
     of_step,
-    prefetch,
+    opaque,
+    prefetch_row,
     sigmoid,
     state_row,
     store_kept,
@@ -137,11 +139,12 @@ def scan_backward_shared_kernel(
     CHUNK: gl.constexpr,
     AGAIN: gl.constexpr,
     WARPS: gl.constexpr,
-    SPAN: gl.constexpr,
     UNROLL: gl.constexpr,
     KEEP: gl.constexpr,
     AHEAD: gl.constexpr,
-    REREAD: gl.constexpr,
+    EARLY: gl.constexpr,
+    DISTANCE: gl.constexpr,
+    FRESH: gl.constexpr,
 ):
     """Gradients of some blocks of channels of one group, for some sequences (or segments) and some directions.
 
@@ -150,8 +153,7 @@ def scan_backward_shared_kernel(
     LANES: gl.constexpr = 32 * WARPS
     GROUPS: gl.constexpr = CHANNELS // GROUP_CHANNELS
     GROUP_BLOCKS: gl.constexpr = (GROUP_CHANNELS + LANES - 1) // LANES
-    PARTS: gl.constexpr = CHUNK // SPAN
-    TRIPS: gl.constexpr = SPAN // UNROLL  # of a part
+    TRIPS: gl.constexpr = CHUNK // UNROLL
     TILE: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
     WHOLE: gl.constexpr = gl.BlockedLayout([4, 1, 4], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
     VECTOR: gl.constexpr = gl.SliceLayout(1, TILE)
@@ -182,9 +184,6 @@ def scan_backward_shared_kernel(
     own_state = (own_lane >> 3) * 4 + (own_lane & 3)
     pair = own_state * 2 + ((own_lane >> 2) & 1)  # dB and dC side by side
     pair_mask = own_state < STATES
-    piece = (lane >> 1) & 3  # of what a lane prefetches, and of which token of a trip
-    token = lane >> 3
-    sector = lane & 1
 
     for block in range(block_program, GROUP_BLOCKS, block_programs):
         inside = block * LANES
@@ -222,6 +221,7 @@ def scan_backward_shared_kernel(
                     row_batch = s * 0
                     first = gl.load(first_steps + k64 * sequences + s)
                     end = first + gl.load(borders + s + 1) - gl.load(borders + s)
+                limit = length
                 if lengths is not None:
                     limit = gl.load(lengths + s)
                 if SEGMENTED:
@@ -254,90 +254,113 @@ def scan_backward_shared_kernel(
                     dz_sum_at = address(dz_sum + row_batch * dz_b + origin + ev)
                 slot = ((block_program * batch + row_batch) * directions + k64) * length
                 dbc_at = address(dbc + (slot * GROUPS + group) * (2 * STATES) + pair)
-                if AHEAD:  # a lane's sector of a line of u, delta or B
-                    column = (channel - lane) + sector * (256 // u.dtype.element_ty.primitive_bitwidth)
-                    u_line = address(u_near + gl.minimum(column, last_column) * u_e)
-                    column = (channel - lane) + sector * (256 // delta.dtype.element_ty.primitive_bitwidth)
-                    d_line = address(d_near + gl.minimum(column, last_column) * d_e)
-                    column = sector * (256 // b.dtype.element_ty.primitive_bitwidth)
-                    b_line = address(b_near + gl.minimum(column, STATES - 1) * b_n)
-                    line = gl.where(piece == 0, u_line, gl.where(piece == 1, d_line, b_line))
-                    line_step = gl.where(piece == 0, u_step, gl.where(piece == 1, d_step, b_step))
-
                 kept = saved + (row_batch * directions + k64) * chunks * (STATES * CHANNELS) + origin
                 low = first // CHUNK + segment * segment_chunks
-                high = gl.minimum(low + segment_chunks, gl.cdiv(end, CHUNK))
+                high = gl.where(end > first, gl.minimum(low + segment_chunks, gl.cdiv(end, CHUNK)), low)
                 bottom = gl.maximum(low * CHUNK, first)
                 top = gl.maximum(gl.minimum(high * CHUNK, end), bottom + 1)
                 next_rows = chunk_rows(order, (high - 1) * CHUNK + lane, bottom, top)
-                for back in range((high - low) * PARTS):
-                    chunk = high - 1 - back // PARTS
+                for back in range(high - low):
+                    chunk = high - 1 - back
                     rows = next_rows
-                    next_rows = chunk_rows(order, (high - 1 - (back + 1) // PARTS) * CHUNK + lane, bottom, top)
+                    next_rows = chunk_rows(order, (chunk - 1) * CHUNK + lane, bottom, top)
                     start = gl.maximum(chunk * CHUNK, first)
                     stop = gl.minimum((chunk + 1) * CHUNK, end)
-                    first_trip = zero * 0
-                    if PARTS > 1:  # the walks of a part begin at the checkpoint, too, but keep nothing before its steps
-                        first_trip = (PARTS - 1 - back % PARTS) * TRIPS
-                        stop = gl.minimum(start + first_trip * UNROLL + SPAN, stop)
                     trips = gl.cdiv(stop - start, UNROLL)
-                    if PARTS > 1:
-                        trips = gl.where(trips > first_trip, trips, 0)
+                    if EARLY > 0:
+                        us = ()
+                        ds = ()
+                        bs = ()
+                        for i in gl.static_range(UNROLL):
+                            row = of_step(rows, gl.minimum(start + i, stop - 1))
+                            us = us + (load_seen(u, u_at, row, u_step, ev_mask, limit, lengths is not None),)
+                            ds = ds + (load_seen(delta, d_at, row, d_step, ev_mask, limit, lengths is not None),)
+                            bs = bs + (load_seen(b, b_at, row, b_step, state_mask, limit, lengths is not None),)
+                    if AHEAD > 0:  # what the way back reads first; of the next chunk what its first walk reads
+                        prefetch_row(g_near, rows, g_step, g_e, last_column, 32)
+                        prefetch_row(c_near, rows, c_step, c_n, STATES - 1, 16)
+                        if z is not None:
+                            prefetch_row(z_near, rows, z_step, z_e, last_column, 32)
+                    if AHEAD > 1:
+                        prefetch_row(u_near, next_rows, u_step, u_e, last_column, 32)
+                        prefetch_row(d_near, next_rows, d_step, d_e, last_column, 32)
+                        prefetch_row(b_near, next_rows, b_step, b_n, STATES - 1, 16)
+                        at = kept + gl.maximum(chunk - 1, low) * (STATES * CHANNELS)
+                        prefetch_row(at, gl.minimum(lane, STATES - 1), byte_count(saved, CHANNELS), 1, last_column, 32)
                     whole = chunk * CHUNK >= first  # else a packed sequence starts inside this chunk
                     at = kept + chunk * (STATES * CHANNELS)
-                    h = load_tile(at, channel, 1, CHANNELS, inside, whole, GROUP_CHANNELS, STATES)
+                    own_channel = channel
+                    if FRESH:  # addresses made anew for each chunk: 32 registers, else 32 loads of spilled ones
+                        own_channel = opaque(channel)
+                    h = load_tile(at, own_channel, 1, CHANNELS, inside, whole, GROUP_CHANNELS, STATES)
                     if (borders is not None) & (initial is not None):
                         at = initial + s * i_s + k64 * i_k + origin * i_e
                         more = load_tile(at, channel, i_e, i_n, inside, whole == 0, GROUP_CHANNELS, STATES)
                         h = (h[0] + more[0], h[1] + more[1], h[2] + more[2], h[3] + more[3])
                     for trip in range(trips):
                         base = start + trip * UNROLL
-                        store_kept(scratch.index(gl.maximum(trip - first_trip, 0)), h, WHOLE)
-                        seen = ()
-                        us = ()
-                        ds = ()
-                        bs = ()
+                        store_kept(scratch.index(trip), h, WHOLE)
+                        if EARLY == 0:
+                            us = ()
+                            ds = ()
+                            bs = ()
+                            for i in gl.static_range(UNROLL):
+                                row = of_step(rows, gl.minimum(base + i, stop - 1))
+                                us = us + (load_seen(u, u_at, row, u_step, ev_mask, limit, lengths is not None),)
+                                ds = ds + (load_seen(delta, d_at, row, d_step, ev_mask, limit, lengths is not None),)
+                                bs = bs + (load_seen(b, b_at, row, b_step, state_mask, limit, lengths is not None),)
+                        else:  # the inputs of the next trip (of this one once more at the end) are loaded
+                            next_base = start + gl.minimum(trip + 1, trips - 1) * UNROLL
+                            next_us = ()
+                            next_ds = ()
+                            next_bs = ()
+                            for i in gl.static_range(UNROLL):
+                                row = of_step(rows, gl.minimum(next_base + i, stop - 1))
+                                next_us = next_us + (
+                                    load_seen(u, u_at, row, u_step, ev_mask, limit, lengths is not None),
+                                )
+                                next_ds = next_ds + (
+                                    load_seen(delta, d_at, row, d_step, ev_mask, limit, lengths is not None),
+                                )
+                                next_bs = next_bs + (
+                                    load_seen(b, b_at, row, b_step, state_mask, limit, lengths is not None),
+                                )
                         for i in gl.static_range(UNROLL):
-                            row = of_step(rows, gl.minimum(base + i, stop - 1))
                             live = base + i < stop
-                            e_mask = ev_mask
-                            n_mask = state_mask
                             if lengths is not None:
-                                live = live & (row < limit)
-                                e_mask = ev_mask & live
-                                n_mask = state_mask & live
-                            seen = seen + (live,)
-                            us = us + (gl.load(in_row(u, u_at, row, u_step), mask=e_mask, other=0.0),)
-                            ds = ds + (gl.load(in_row(delta, d_at, row, d_step), mask=e_mask, other=0.0),)
-                            bs = bs + (gl.load(in_row(b, b_at, row, b_step), mask=n_mask, other=0.0),)
-                        if AHEAD:
-                            prefetch(line, of_step(rows, gl.minimum(base + UNROLL + token, stop - 1)), line_step)
-                        for i in gl.static_range(UNROLL):
-                            step = activated(biased(ds[i], bias_e, bias is not None), seen[i], SOFTPLUS)
+                                live = live & (of_step(rows, gl.minimum(base + i, stop - 1)) < limit)
+                            step = activated(biased(ds[i], bias_e, bias is not None), live, SOFTPLUS)
                             fed = to_tile(step * us[i].to(gl.float32))
                             bt = state_row(bs[i].to(gl.float32), zeros)
                             decayed = times_tile(exp2_tile(times_tile(to_tile(step), a2)), h)
                             h = times_plus_tile(fed, (bt, bt, bt, bt), decayed)
+                        if EARLY > 0:
+                            us = next_us
+                            ds = next_ds
+                            bs = next_bs
                     after = h
-                    for trip_back in range(trips - gl.minimum(first_trip, trips)):
+                    for trip_back in range(trips):
                         trip = trips - 1 - trip_back
                         base = start + trip * UNROLL
-                        h = load_kept(scratch.index(trip - first_trip), TILE, WHOLE)
-                        us = ()
-                        ds = ()
-                        bs = ()
-                        for i in gl.static_range(UNROLL):
-                            row = of_step(rows, gl.minimum(base + i, stop - 1))
-                            e_mask = ev_mask
-                            n_mask = state_mask
-                            if lengths is not None:
-                                e_mask = ev_mask & (row < limit)
-                                n_mask = state_mask & (row < limit)
-                            us = us + (gl.load(in_row(u, u_at, row, u_step), mask=e_mask, other=0.0),)
-                            ds = ds + (gl.load(in_row(delta, d_at, row, d_step), mask=e_mask, other=0.0),)
-                            bs = bs + (gl.load(in_row(b, b_at, row, b_step), mask=n_mask, other=0.0),)
-                        if AHEAD:
-                            prefetch(line, of_step(rows, gl.maximum(base - UNROLL + token, start)), line_step)
+                        h = load_kept(scratch.index(trip), TILE, WHOLE)
+                        if EARLY < 2:
+                            us = ()
+                            ds = ()
+                            bs = ()
+                            for i in gl.static_range(UNROLL):
+                                row = of_step(rows, gl.minimum(base + i, stop - 1))
+                                us = us + (load_seen(u, u_at, row, u_step, ev_mask, limit, lengths is not None),)
+                                ds = ds + (load_seen(delta, d_at, row, d_step, ev_mask, limit, lengths is not None),)
+                                bs = bs + (load_seen(b, b_at, row, b_step, state_mask, limit, lengths is not None),)
+                        else:
+                            next_us = ()
+                            next_ds = ()
+                            next_bs = ()
+                            next_base = gl.maximum(base - UNROLL, start)
+                        if WARPS > 1:  # rows of the steps whose dB and dC this warp joins, long before it needs them
+                            token_row = gl.minimum(base + own_token, stop - 1)
+                            if orders is not None:
+                                token_row = gl.load(order + token_row)
                         steps = ()
                         before = ()
                         decays = ()
@@ -362,10 +385,11 @@ def scan_backward_shared_kernel(
                         dd_sums = ()
                         dz_sums = ()
                         boths = ()
-                        for i in gl.static_range(UNROLL, -1, -1):
-                            if i > 0:
-                                row = of_step(rows, gl.minimum(base + i - 1, stop - 1))
-                                live = base + i - 1 < stop
+                        found = ()
+                        for i in gl.static_range(UNROLL - 1 + DISTANCE, -1, -1):
+                            if i >= DISTANCE:
+                                row = of_step(rows, gl.minimum(base + i - DISTANCE, stop - 1))
+                                live = base + i - DISTANCE < stop
                                 e_mask = ev_mask
                                 n_mask = state_mask
                                 if lengths is not None:
@@ -382,6 +406,11 @@ def scan_backward_shared_kernel(
                                 dd_sums = dd_sums + (earlier(ddelta_sum, dd_sum_at, row, CHANNELS, added, ADD_DELTA),)
                                 if z is not None:
                                     dz_sums = dz_sums + (earlier(dz_sum, dz_sum_at, row, CHANNELS, added, ADD_Z),)
+                                if AGAIN & (WARPS == 1):  # what this program stored for an earlier block of channels
+                                    both_at = in_row(dbc, dbc_at, row, byte_count(dbc, 2 * GROUPS * STATES))
+                                    found = found + (
+                                        load_float(both_at, pair_mask & (base + i - DISTANCE < stop) & (block != block_program)),
+                                    )
                             if i < UNROLL:
                                 row = token_rows[UNROLL - 1 - i]  # the last step's came first
                                 g = gs[UNROLL - 1 - i].to(gl.float32)
@@ -421,8 +450,8 @@ def scan_backward_shared_kernel(
                                 both = gl.where(of_c, dc_t, db_t) + swapped(gl.where(of_c, db_t, dc_t), 4)
                                 if WARPS == 1:
                                     both_at = in_row(dbc, dbc_at, row, byte_count(dbc, 2 * GROUPS * STATES))
-                                    if AGAIN:  # add to what this program stored for an earlier block of channels
-                                        both = both + load_float(both_at, pair_mask & live & (block != block_program))
+                                    if AGAIN:
+                                        both = both + found[UNROLL - 1 - i]
                                     gl.store(both_at, both, mask=pair_mask & live)
                                 else:
                                     boths = (both,) + boths
@@ -436,8 +465,8 @@ def scan_backward_shared_kernel(
                                     step_tile = to_tile(step + nothing)
                                     decay = exp2_tile(times_tile(step_tile, a2))
                                 after = before[i]
-                                if REREAD & (i == 0):
-                                    after = load_kept(scratch.index(trip - first_trip + zero), TILE, WHOLE)
+                                if i == 0:
+                                    after = load_kept(scratch.index(trip + zero), TILE, WHOLE)
                                 adjoint = times_tile(adjoint, decay)
                                 flow = times_tile(adjoint, after)
                                 a_sum = times_plus_tile(step_tile, flow, a_sum)
@@ -468,19 +497,31 @@ def scan_backward_shared_kernel(
                                 emit(
                                     dd_t, dd_late, ddelta, dd_at, dd_sum, dd_sum_at, row, CHANNELS, mask, on, ADD_DELTA
                                 )
+                                if EARLY == 2:  # the registers of this step's inputs are free: those of the next trip
+                                    row = of_step(rows, gl.minimum(next_base + (UNROLL - 1 - i), stop - 1))
+                                    next_us = next_us + (
+                                        load_seen(u, u_at, row, u_step, ev_mask, limit, lengths is not None),
+                                    )
+                                    next_ds = next_ds + (
+                                        load_seen(delta, d_at, row, d_step, ev_mask, limit, lengths is not None),
+                                    )
+                                    next_bs = next_bs + (
+                                        load_seen(b, b_at, row, b_step, state_mask, limit, lengths is not None),
+                                    )
+                        if EARLY == 2:
+                            us = next_us
+                            ds = next_ds
+                            bs = next_bs
                         if WARPS > 1:
-                            row = gl.minimum(base + own_token, stop - 1)
-                            if orders is not None:
-                                row = gl.load(order + row)
                             shares.store(gl.convert_layout(joined(boths, UNROLL), TRIP))
                             both = gl.sum(gl.reshape(shares.load(JOINED), [WARPS, 32, UNROLL]), 0)
                             both = gl.convert_layout(both, JOINED)
-                            both_at = dbc_at + row.to(gl.int64) * byte_count(dbc, 2 * GROUPS * STATES)
-                            both_at = both_at.to(gl.pointer_type(gl.float32), bitcast=True)
-                            live = base + own_token < stop
+                            place = dbc_at + token_row.to(gl.int64) * byte_count(dbc, 2 * GROUPS * STATES)
+                            place = place.to(gl.pointer_type(gl.float32), bitcast=True)
+                            kept_token = base + own_token < stop
                             if AGAIN:
-                                both = both + load_float(both_at, pair_mask & live & (block != block_program))
-                            gl.store(both_at, both, mask=pair_mask & live)
+                                both = both + load_float(place, pair_mask & kept_token & (block != block_program))
+                            gl.store(place, both, mask=pair_mask & kept_token)
                 if dinitial is not None:
                     at = dinitial + (sk * CHANNELS + origin) * STATES
                     store_tile(adjoint, at, channel, STATES, 1, inside, segment == 0, GROUP_CHANNELS, STATES)

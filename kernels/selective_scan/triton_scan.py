@@ -404,7 +404,7 @@ def scan_backward(
     return du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial
 
 
-_SHARED = {"WARPS": 1, "SPAN": 32, "UNROLL": 4, "KEEP": 0, "AHEAD": True, "REREAD": True}
+_SHARED = {"WARPS": 1, "UNROLL": 4, "KEEP": 0, "AHEAD": True, "EARLY": 2, "DISTANCE": 1, "FRESH": True}
 _USE_SHARED = True
 
 
