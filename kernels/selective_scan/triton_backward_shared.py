@@ -409,7 +409,9 @@ def scan_backward_shared_kernel(
                                 if AGAIN & (WARPS == 1):  # what this program stored for an earlier block of channels
                                     both_at = in_row(dbc, dbc_at, row, byte_count(dbc, 2 * GROUPS * STATES))
                                     found = found + (
-                                        load_float(both_at, pair_mask & (base + i - DISTANCE < stop) & (block != block_program)),
+                                        load_float(
+                                            both_at, pair_mask & (base + i - DISTANCE < stop) & (block != block_program)
+                                        ),
                                     )
                             if i < UNROLL:
                                 row = token_rows[UNROLL - 1 - i]  # the last step's came first

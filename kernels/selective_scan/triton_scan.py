@@ -39,7 +39,7 @@ _BACKWARD_RESIDENT = 12  # programs of the backward on a multiprocessor
 _BACKWARD_REGISTERS = 168  # twelve programs on a multiprocessor are worth some spilled registers
 _FORWARD_ENOUGH, _BACKWARD_ENOUGH = 4, 6  # programs per multiprocessor from which on time is not split
 _FORWARD_FULL = 8  # programs per multiprocessor from which on the forward needs no smaller ones
-_CHAIN_BLOCK = 128  # states of a program that chains segments
+_CHAIN_BLOCK, _CHAIN_UNROLL = 64, 16  # states of a program that chains segments, segments that it loads at a time
 _SEGMENT_CHUNKS = 4  # shortest segment worth its second pass
 _SHORTEST_CHUNKS = 2  # of a segment of the forward
 _SHARED_BYTES, _RESERVED_BYTES = (
@@ -197,6 +197,7 @@ def scan_forward(
             "directions": directions,
             "direction_programs": plan.direction_programs,
             "segments": plan.segments,
+            "first_segment": 0,
             "segment_programs": plan.segments,
             "segment_chunks": plan.segment_chunks,
             "chunks": chunks,
@@ -219,10 +220,11 @@ def scan_forward(
         }
         works = groups * group_blocks * plan.direction_programs * sequences
         if plan.segments > 1:
-            local = {**arguments, "segment_programs": plan.segments - 1, "OUTPUT": False}
-            launch(scan_forward_kernel, (works * (plan.segments - 1),), **local)
-            _chain(carry, decay, a, initial_state, reverse=False)
-        launch(scan_forward_kernel, (works * plan.segments,), **arguments, OUTPUT=True)
+            arguments["segment_programs"] = plan.segments - 1
+            launch(scan_forward_kernel, (works * (plan.segments - 1),), **arguments, OUTPUT=False)
+            _chain(carry, decay, a, None, reverse=False)  # from the first segment's end, which has the initial state
+            arguments["first_segment"] = 1
+        launch(scan_forward_kernel, (works * arguments["segment_programs"],), **arguments, OUTPUT=True)
         if target.ndim > out.ndim:
             out = target.sum(1).to(out.dtype)
     return out, last, saved
@@ -523,7 +525,7 @@ def _forward_split(
         programs *= directions
         if 0 < programs < _FORWARD_ENOUGH * processors(device):
             fitting = _FORWARD_RESIDENT * processors(device) // programs
-            segments = max(1, min(fitting, chunks // _SHORTEST_CHUNKS))
+            segments = max(1, min(fitting + 1, chunks // _SHORTEST_CHUNKS))
     elif summed and segments == 1:
         return _Split(1, 1, chunks)
     if cu_seqlens is not None:
@@ -555,7 +557,7 @@ def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, reverse
         REVERSE=reverse,
         CHANNELS=channels,
         STATES=states,
-        UNROLL=8,
+        UNROLL=_CHAIN_UNROLL,
         BLOCK=_CHAIN_BLOCK,
         **_OPTIONS,
     )
