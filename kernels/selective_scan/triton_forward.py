@@ -398,9 +398,9 @@ def scan_forward_kernel(
 ):
     """Scan one segment of one sequence for one block of channels.
 
-    With OUTPUT: from the right initial state, writes results, checkpoints and the last state. Without: the first segment
-    does that as well and hands its last state on (``carry``); the others start from zero and write only their last state
-    and their sum of delta (``decay``); the last segment takes no part.
+    With OUTPUT: from the right initial state, writes results, checkpoints and the last state. Without: the first
+    segment does that as well and hands its last state on (``carry``); the others start from zero and write only their
+    last state and their sum of delta (``decay``); the last segment takes no part.
     ACCUMULATE: this program takes the directions one after the other and adds them in ``partial``, float32.
     """
     BLOCK: tl.constexpr = EC * EL
