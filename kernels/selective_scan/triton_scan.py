@@ -1,5 +1,6 @@
-"""The selective scan in Triton: tile sizes, buffers and launches. The kernels are in ``triton_forward`` and
-``triton_backward``; the arguments are the canonical ones of `genssm.kernels.selective_scan.op`.
+"""The selective scan in Triton: tile sizes, buffers and launches. The kernels are in ``triton_forward``,
+``triton_backward`` and ``triton_backward_shared``; the arguments are the canonical ones of
+`genssm.kernels.selective_scan.op`.
 
 Sizes depend on E, G, N and the device; the forward has two, by the number of programs. Where batch x channels (x
 directions) cannot fill the device, time is split into segments; where they can and directions share a result, one
@@ -20,6 +21,7 @@ from genssm.kernels.triton_launch import (
     compiled_for_nvidia,
     device_of,
     first_steps,
+    known_triton,
     launch,
     named,
     processors,
@@ -39,13 +41,12 @@ _BACKWARD_RESIDENT = 12  # programs of the backward on a multiprocessor
 _BACKWARD_REGISTERS = 168  # twelve programs on a multiprocessor are worth some spilled registers
 _FORWARD_ENOUGH, _BACKWARD_ENOUGH = 4, 6  # programs per multiprocessor from which on time is not split
 _FORWARD_FULL = 8  # programs per multiprocessor from which on the forward needs no smaller ones
-_CHAIN_BLOCK, _CHAIN_UNROLL = 64, 16  # states of a program that chains segments, segments that it loads at a time
+_CHAIN_BLOCK = 128  # states of a program that chains segments
 _SEGMENT_CHUNKS = 4  # shortest segment worth its second pass
 _SHORTEST_CHUNKS = 2  # of a segment of the forward
-_SHARED_BYTES, _RESERVED_BYTES = (
-    16384,
-    1024,
-)  # of shared memory: the tiles of a program of the backward, the device's own
+_SHARED_WARPS = 2  # of a program of the backward in shared memory: they join dB and dC, which halves the slots
+_SHARED_TRIP = 4  # tokens of its trips
+_SHARED_BYTES = 6 * (33 + 1) * 1024  # that six of its programs take, with what the device adds to each
 _PARTIAL_BYTES = 4  # bytes of partial dB and dC per token and channel to stay under where the device stays full
 
 
@@ -197,7 +198,6 @@ def scan_forward(
             "directions": directions,
             "direction_programs": plan.direction_programs,
             "segments": plan.segments,
-            "first_segment": 0,
             "segment_programs": plan.segments,
             "segment_chunks": plan.segment_chunks,
             "chunks": chunks,
@@ -220,11 +220,10 @@ def scan_forward(
         }
         works = groups * group_blocks * plan.direction_programs * sequences
         if plan.segments > 1:
-            arguments["segment_programs"] = plan.segments - 1
-            launch(scan_forward_kernel, (works * (plan.segments - 1),), **arguments, OUTPUT=False)
-            _chain(carry, decay, a, None, reverse=False)  # from the first segment's end, which has the initial state
-            arguments["first_segment"] = 1
-        launch(scan_forward_kernel, (works * arguments["segment_programs"],), **arguments, OUTPUT=True)
+            local = {**arguments, "segment_programs": plan.segments - 1, "OUTPUT": False}
+            launch(scan_forward_kernel, (works * (plan.segments - 1),), **local)
+            _chain(carry, decay, a, initial_state, reverse=False)
+        launch(scan_forward_kernel, (works * plan.segments,), **arguments, OUTPUT=True)
         if target.ndim > out.ndim:
             out = target.sum(1).to(out.dtype)
     return out, last, saved
@@ -260,7 +259,7 @@ def scan_backward(
     Args:
         block_e, state_lanes, unroll, segments: as in `scan_forward`. ``unroll`` divides `chunk_steps`.
         block_programs: programs that share the blocks of a group, and slots of partial dB and dC. For measurements,
-            all of them.
+            all of them; all but ``segments`` are about the kernel that does without shared memory, and choose it.
     Returns:
         The nine gradients, each in the shape and dtype of its input, None for an absent one; see
         `genssm.kernels.selective_scan.op`.
@@ -273,13 +272,14 @@ def scan_backward(
     chunk = chunk_steps(states)
     _, directions, chunks, _, _ = saved.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    gluon = block_e is state_lanes is unroll is None and _shared_fits(u, delta, B, C, z, grad_out)
+    in_shared = block_e is state_lanes is unroll is block_programs is None and _shared_fits(u, delta, B, C, z, grad_out)
     tile = backward_tile(states, block_e, state_lanes)
     unroll = unroll or 2
-    warps = _SHARED["WARPS"] if gluon else 1
-    block = _LANES * warps if gluon else tile.channels
-    group_blocks = -(-(channels // groups) // block)
-    if block_programs is None:
+    warps = _SHARED_WARPS if in_shared else 1
+    group_blocks = -(-(channels // groups) // (_LANES * warps)) if in_shared else tile.blocks(channels // groups)
+    if in_shared:
+        block_programs = group_blocks
+    elif block_programs is None:
         block_programs = _block_programs(group_blocks, groups, channels, states)
     shared = [x is not None and x.shape[1] == 1 for x in (u, delta, z)]
     summed = directions > 1 and any(shared)
@@ -328,25 +328,27 @@ def scan_backward(
                 "chunks": chunks,
                 "zero": 0,
                 "SOFTPLUS": delta_softplus,
-                "ALIGNED": _aligned(b_strides, c_strides),
                 "CHANNELS": channels,
                 "GROUP_CHANNELS": channels // groups,
                 "STATES": states,
-                "WIDE": wide(u, delta, B, C, z, g, dbc),
                 "CHUNK": chunk,
+            }
+            sizes = {
+                "ALIGNED": _aligned(b_strides, c_strides),
+                "WIDE": wide(u, delta, B, C, z, g, dbc),
                 "UNROLL": unroll,
                 **vars(tile),
+                **_OPTIONS,
             }
             carry = None
             if plan.segments > 1:
                 carry = new(sequences, directions, plan.segments, states, channels)
                 decay = new(sequences, directions, plan.segments, channels)
                 grid = (groups * tile.blocks(channels // groups) * plan.segments * sequences * directions,)
-                launch(scan_adjoint_kernel, grid, carry=carry, decay=decay, **inputs, **_OPTIONS)
+                launch(scan_adjoint_kernel, grid, carry=carry, decay=decay, **inputs, **sizes)
                 _chain(carry, decay, a, grad_last_state, reverse=True)
             arguments = {
                 **inputs,
-                **_OPTIONS,
                 **register_limit(u.device, _BACKWARD_REGISTERS),
                 "grad_last": grad_last_state,
                 "saved": saved,
@@ -379,23 +381,21 @@ def scan_backward(
                 "sequences": sequences,
                 "direction_programs": plan.direction_programs,
                 "batch": batch,
-                "block_programs": block_programs,
                 "works": works,
                 "work_programs": work_programs,
                 "SEGMENTED": plan.segments > 1,
                 "ADD_U": per_token[0].in_turn,
                 "ADD_DELTA": per_token[1].in_turn,
                 "ADD_Z": per_token[2].in_turn,
-                "PREFETCH": compiled_for_nvidia(u.device.type),
-                "AGAIN": block_programs < group_blocks,
             }
-            if gluon:
-                dropped = ("EC", "NI", "NL", "EL", "WIDE", "ALIGNED", "PREFETCH", "UNROLL")
-                arguments = {name: x for name, x in arguments.items() if name not in dropped}
-                launch(_shared_kernel(), (programs,), **{**arguments, **_SHARED, "num_warps": warps})
+            if in_shared:
+                sizes = {**_OPTIONS, "num_warps": warps, "WARPS": warps, "UNROLL": _SHARED_TRIP}
+                launch(_shared_kernel(), (programs,), **arguments, **sizes)
             else:
-                scratch = new(programs, chunk // unroll, tile.channels * tile.NI * tile.NL)
-                launch(scan_backward_kernel, (programs,), **arguments, scratch=scratch)
+                arguments["scratch"] = new(programs, chunk // unroll, tile.channels * tile.NI * tile.NL)
+                arguments["block_programs"], arguments["AGAIN"] = block_programs, block_programs < group_blocks
+                arguments["PREFETCH"] = compiled_for_nvidia(u.device.type)
+                launch(scan_backward_kernel, (programs,), **arguments, **sizes)
     du, ddelta, dz = (x.result() for x in per_token)
     dA = _sum(da, A.shape[0]).transpose(-1, -2).to(A.dtype).contiguous()
     dbc = dbc[0] if block_programs == 1 else dbc.sum(0)
@@ -406,17 +406,19 @@ def scan_backward(
     return du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial
 
 
-_SHARED = {"WARPS": 1, "UNROLL": 4, "KEEP": 0, "AHEAD": True, "EARLY": 2, "DISTANCE": 1, "FRESH": True}
-_USE_SHARED = True
-
-
 def _shared_fits(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None, grad_out: Tensor) -> bool:
-    """Whether `triton_backward_shared` takes the backward: its number of states, NVIDIA's larger shared memories."""
-    if not _USE_SHARED or not 8 < B.shape[-1] <= 16 or wide(u, delta, B, C, z, grad_out):
-        return False
-    if not compiled_for_nvidia(u.device.type) or _shared_kernel() is None:
-        return False
-    return _shared_memory(u.device.index or 0) >= _BACKWARD_RESIDENT * (_SHARED_BYTES + _RESERVED_BYTES)
+    """Whether the backward runs in `triton_backward_shared`; elsewhere `triton_backward` computes the same, slower.
+
+    For 9 to 16 states, offsets of 32 bits, and NVIDIA's devices whose multiprocessors have the shared memory for as
+    many programs as their registers allow; in the versions of Triton that are known to compile it: Gluon is young.
+    """
+    return (
+        8 < B.shape[-1] <= 16
+        and compiled_for_nvidia(u.device.type)
+        and _shared_memory(u.device.index or 0) >= _SHARED_BYTES
+        and not wide(u, delta, B, C, z, grad_out)
+        and _shared_kernel() is not None
+    )
 
 
 @functools.cache
@@ -426,11 +428,11 @@ def _shared_memory(index: int) -> int:
 
 @functools.cache
 def _shared_kernel():
-    """The kernel in Gluon, or None where this Triton has none that is known to compile it."""
-    try:
-        from genssm.kernels.selective_scan.triton_backward_shared import scan_backward_shared_kernel
-    except ImportError:
+    """The backward in shared memory, None without a Triton for it."""
+    if not known_triton():
         return None
+    from genssm.kernels.selective_scan.triton_backward_shared import scan_backward_shared_kernel
+
     return scan_backward_shared_kernel
 
 
@@ -525,7 +527,7 @@ def _forward_split(
         programs *= directions
         if 0 < programs < _FORWARD_ENOUGH * processors(device):
             fitting = _FORWARD_RESIDENT * processors(device) // programs
-            segments = max(1, min(fitting + 1, chunks // _SHORTEST_CHUNKS))
+            segments = max(1, min(fitting, chunks // _SHORTEST_CHUNKS))
     elif summed and segments == 1:
         return _Split(1, 1, chunks)
     if cu_seqlens is not None:
@@ -557,7 +559,7 @@ def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, reverse
         REVERSE=reverse,
         CHANNELS=channels,
         STATES=states,
-        UNROLL=_CHAIN_UNROLL,
+        UNROLL=8,
         BLOCK=_CHAIN_BLOCK,
         **_OPTIONS,
     )

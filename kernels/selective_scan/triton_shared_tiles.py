@@ -113,6 +113,24 @@ def load_seen(like, address, row, row_bytes, mask, limit, LIMITED: gl.constexpr)
 
 
 @gluon.jit
+def of_steps(rows, base, last, COUNT: gl.constexpr):
+    """The rows of COUNT steps; behind the ``last`` step its own."""
+    found = ()
+    for i in gl.static_range(COUNT):
+        found = found + (of_step(rows, gl.minimum(base + i, last)),)
+    return found
+
+
+@gluon.jit
+def load_steps(like, address, rows, row_bytes, mask, limit, LIMITED: gl.constexpr):
+    """From each of some rows, as `load_seen`."""
+    found = ()
+    for i in gl.static_range(len(rows)):
+        found = found + (load_seen(like, address, rows[i], row_bytes, mask, limit, LIMITED),)
+    return found
+
+
+@gluon.jit
 def opaque(x):
     """``x``, of which the compiler knows nothing and keeps nothing that it computes from it."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
@@ -254,13 +272,9 @@ def store_tile(
 
 
 @gluon.jit
-def joined(x, COUNT: gl.constexpr):
-    """COUNT vectors side by side."""
-    if COUNT == 2:
-        joined = gl.join(x[0], x[1])
-    else:
-        joined = gl.reshape(gl.join(gl.join(x[0], x[2]), gl.join(x[1], x[3])), [x[0].shape[0], 4])
-    return joined
+def joined(x):
+    """Four vectors side by side."""
+    return gl.reshape(gl.join(gl.join(x[0], x[2]), gl.join(x[1], x[3])), [x[0].shape[0], 4])
 
 
 @gluon.jit

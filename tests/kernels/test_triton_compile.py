@@ -47,6 +47,7 @@ def compile_for(kernel, arguments: dict, target: tuple):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
@@ -63,7 +64,8 @@ def compile_for(kernel, arguments: dict, target: tuple):
             if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     options = {name: value for name, value in arguments.items() if name not in signature}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    make = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = make(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget(*target), options=options)
     assert compiled.metadata.shared <= SHARED_LIMIT
     return compiled
@@ -236,6 +238,7 @@ def test_prefetching_compiles(name: str, arch: int, monkeypatch: pytest.MonkeyPa
     from genssm.kernels.selective_scan import triton_scan
 
     monkeypatch.setattr(triton_scan, "compiled_for_nvidia", lambda device: True)
+    monkeypatch.setattr(triton_scan, "_shared_memory", lambda index: SHARED_LIMIT)
     for kernel, arguments in scan_launches(**OPTIONS[name], unroll=1):
         assembly = compile_for(kernel, arguments, ("cuda", arch, 32)).asm["ptx"]
         assert ("prefetch.global.L1" in assembly) == (
@@ -255,6 +258,7 @@ def test_registers_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
     from genssm.kernels.selective_scan import triton_scan
 
     monkeypatch.setattr(triton_scan, "compiled_for_nvidia", lambda device: True)
+    monkeypatch.setattr(triton_scan, "_shared_memory", lambda index: SHARED_LIMIT)
     launches = scan_launches(states=16, channels=1536, length=8)
     launches += conv_launches(4, channels=1536) + conv_launches(4, channels=1536, directions=1)
     monkeypatch.setattr(triton_scan, "_FORWARD_FULL", 10**6)
@@ -267,6 +271,50 @@ def test_registers_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found["REG"] <= registers, (kernel.__name__, found)
         assert found["STACK"] <= stack, (kernel.__name__, found)
     assert {arguments.get("NL") for _, arguments in launches} == {None, 1, 2, 4}
+
+
+SHARED = {
+    "of a model": ({"states": 16, "channels": 1536, "segments": 2}, 90),
+    "directions in turn": ({"states": 16, "directions": 2, "segments": 1}, 90),
+    "packed from states": ({"states": 9, "channels": 40, "packed": True, "initial": True}, 90),
+    "bare": ({"states": 16, "without": "D z delta_bias softplus orders", "dtype": torch.float32}, 90),
+    "lengths": ({"states": 13, "channels": 200, "lengths": True, "dtype": torch.float16}, 100),
+}
+
+
+@pytest.mark.parametrize(("options", "arch"), SHARED.values(), ids=SHARED.keys())
+def test_backward_in_shared_memory(options: dict, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six programs run at once on a multiprocessor; no scratch tiles in memory."""
+    from genssm.kernels.selective_scan import triton_scan
+
+    monkeypatch.setattr(triton_scan, "compiled_for_nvidia", lambda device: True)
+    monkeypatch.setattr(triton_scan, "_shared_memory", lambda index: triton_scan._SHARED_BYTES)
+    caught = Caught().of(monkeypatch, triton_scan._shared_kernel())
+    others = scan_launches(**options)
+    assert not any("scratch" in arguments for _, arguments in others)
+    [(kernel, arguments)] = caught
+    compiled = compile_for(kernel, arguments, ("cuda", arch, 32))
+    assert 6 * (compiled.metadata.shared + 1024) <= triton_scan._SHARED_BYTES
+    found = resources(compiled)
+    assert found["REG"] <= 168 and found["STACK"] <= 512, found
+
+
+@pytest.mark.parametrize("states", [8, 16, 17])
+@pytest.mark.parametrize("kilobytes", [64, 100, 164, 228])  # of a multiprocessor
+@pytest.mark.parametrize("known", [True, False])
+def test_where_the_backward_is_in_shared_memory(
+    states: int, kilobytes: int, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genssm.kernels.selective_scan import triton_scan
+
+    monkeypatch.setattr(triton_scan, "compiled_for_nvidia", lambda device: True)
+    monkeypatch.setattr(triton_scan, "_shared_memory", lambda index: kilobytes * 1024)
+    if not known:
+        monkeypatch.setattr(triton_scan, "_shared_kernel", lambda: None)
+    token = torch.zeros(1, 1, 4, 32)
+    maps = torch.zeros(1, 1, 4, 1, states)
+    chosen = triton_scan._shared_fits(token, token, maps, maps, None, token)
+    assert chosen == (known and states == 16 and kilobytes == 228)
 
 
 @pytest.mark.parametrize("target", [TARGETS[i] for i in (0, 3, 4, 5, 7)], ids=lambda target: str(target[1]))

@@ -75,7 +75,7 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "segments": Case(batch=1, length=70, channels=8, states=16, directions=2, order="random", initial=True),
         "in turn": Case(batch=1, length=6, channels=8, states=16, directions=3, order="random", initial=True),
-        "blocks in turn": Case(batch=1, length=3, channels=140, states=16),
+        "blocks": Case(batch=1, length=3, channels=140, states=16),
     },
     "ssd options": {
         "bare, one token": Case(batch=1, length=1, channels=6, without="D z dt_bias", softplus=False),
