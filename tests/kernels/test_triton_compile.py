@@ -47,7 +47,6 @@ def compile_for(kernel, arguments: dict, target: tuple):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
 
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
@@ -64,8 +63,9 @@ def compile_for(kernel, arguments: dict, target: tuple):
             if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     options = {name: value for name, value in arguments.items() if name not in signature}
-    make = GluonASTSource if kernel.is_gluon() else ASTSource
-    source = make(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    if type(kernel).__name__ == "GluonJITFunction":
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget(*target), options=options)
     assert compiled.metadata.shared <= SHARED_LIMIT
     return compiled
@@ -287,6 +287,8 @@ def test_backward_in_shared_memory(options: dict, arch: int, monkeypatch: pytest
     """Six programs run at once on a multiprocessor; no scratch tiles in memory."""
     from genssm.kernels.selective_scan import triton_scan
 
+    if triton_scan._shared_kernel() is None:
+        pytest.skip("no kernel for this version of triton")
     monkeypatch.setattr(triton_scan, "compiled_for_nvidia", lambda device: True)
     monkeypatch.setattr(triton_scan, "_shared_memory", lambda index: triton_scan._SHARED_BYTES)
     caught = Caught().of(monkeypatch, triton_scan._shared_kernel())
@@ -309,8 +311,7 @@ def test_where_the_backward_is_in_shared_memory(
 
     monkeypatch.setattr(triton_scan, "compiled_for_nvidia", lambda device: True)
     monkeypatch.setattr(triton_scan, "_shared_memory", lambda index: kilobytes * 1024)
-    if not known:
-        monkeypatch.setattr(triton_scan, "_shared_kernel", lambda: None)
+    monkeypatch.setattr(triton_scan, "_shared_kernel", lambda: "a kernel" if known else None)
     token = torch.zeros(1, 1, 4, 32)
     maps = torch.zeros(1, 1, 4, 1, states)
     chosen = triton_scan._shared_fits(token, token, maps, maps, None, token)

@@ -18,6 +18,7 @@ import numpy
 import pytest
 import torch
 
+from genssm.kernels.triton_launch import known_triton
 from tests.kernels import gluon_on_cpu
 from tests.kernels.problems import Case, check_parity, conv_problem, scan_problem, ssd_problem
 
@@ -140,6 +141,8 @@ def cannot_interpret() -> str | None:
 @pytest.mark.skipif(cannot_interpret() is not None, reason=str(cannot_interpret()))
 @pytest.mark.parametrize("group", CASES)
 def test_parity_in_the_interpreter(group: str) -> None:
+    if group == "scan in shared memory" and not known_triton():
+        pytest.skip("this version of triton has another Gluon")
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     environment.pop("GENSSM_BACKEND", None)
