@@ -436,6 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if accelerator.is_main_process:
             print(dump_config(config) + "\n" + describe_run(run.task, run.shares))
         return
+    accelerator.wait_for_everyone()  # a process that still looks would take the folder made below for another run's
     with accelerator.main_process_first():
         checkpoint = claim_run_folder(config, write=accelerator.is_main_process)
     start_logging(run.path if accelerator.is_main_process else None, quiet=args.quiet)

@@ -126,8 +126,13 @@ def gradients(call: Callable[..., Tensor], inputs: dict[str, Tensor]) -> dict[st
     return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(inputs, grads)}}
 
 
-def measure(shape: str, elements: int, contender: Contender, inputs: dict[str, Tensor]) -> Row:
-    """Time forward, and forward with backward; peak memory of the latter."""
+def measure(
+    shape: str, elements: int, contender: Contender, inputs: dict[str, Tensor], *, captured: bool = False
+) -> Row:
+    """Time forward, and forward with backward; peak memory of the latter.
+
+    ``captured`` times replayed CUDA graphs of both: without the host's part, which a model that is replayed never pays.
+    """
     device = next(iter(inputs.values())).device
     weights = None
 
@@ -142,13 +147,26 @@ def measure(shape: str, elements: int, contender: Contender, inputs: dict[str, T
             weights = torch.randn_like(y)
         torch.autograd.grad(y, list(inputs.values()), weights)
 
-    forward_time = attempt(lambda: milliseconds(forward, device))
-    both_time = attempt(lambda: milliseconds(both, device))
+    prepared = capture if captured else lambda run: run
+    forward_time = attempt(lambda: milliseconds(prepared(forward), device))
+    both_time = attempt(lambda: milliseconds(prepared(both), device))
     memory = None if math.isnan(both_time) else attempt(lambda: peak_memory(both, device))
     data = data_size(*inputs.values(), *(() if weights is None else (weights,)))
     figures = ("out of memory" if math.isnan(ms) else f"{ms:.2f} ms" for ms in (forward_time, both_time))
     print(f"{shape}  {contender.name}: " + "{} forward, {} with backward".format(*figures), flush=True)
     return Row(shape, contender.name, elements, forward_time, both_time, memory, data)
+
+
+def capture(run: Callable[[], None]) -> Callable[[], None]:
+    """The replay of a CUDA graph of ``run``."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # kernels are built before the recording
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def data_size(*tensors: Tensor) -> float:

@@ -1,8 +1,8 @@
 """The scan's forward pass for 9 to 16 states on NVIDIA devices, in Gluon: words as in `triton_forward`.
 
-For few programs: the warps of one share the states of its channels instead of time, so that no exponential is computed
-twice. What belongs to a channel and not to a state (steps from their raw values, the gate, the skip) is computed once,
-by the warp whose tokens they are, and goes through shared memory:
+The warps of a program share the states of its 32 channels, so that no exponential is computed twice. What belongs to a
+channel and not to a state (steps from their raw values, the gate, the skip) is computed once, by the warp whose tokens
+they are, and goes through shared memory:
 
     trip     TRIP tokens; warp w prepares and finishes TRIP / WARPS of them, and walks all of them with its own states
     run      RUN tokens of a trip that lie side by side in shared memory, for one access of a lane
@@ -183,12 +183,12 @@ def scan_forward_shared_kernel(
     GROUP_CHANNELS: gl.constexpr,
     STATES: gl.constexpr,
     CHUNK: gl.constexpr,
-    BLOCK: gl.constexpr,
     WARPS: gl.constexpr,
     TRIP: gl.constexpr,
 ):
     """Scan one segment of one sequence for one block of channels, as `triton_forward.scan_forward_kernel` does."""
-    NI: gl.constexpr = 16 // WARPS  # states of a lane, for each of its channels
+    BLOCK: gl.constexpr = 32  # channels, one to a lane
+    NI: gl.constexpr = 16 // WARPS  # states of a lane
     RUN: gl.constexpr = min(4, TRIP // WARPS)
     RUNS: gl.constexpr = TRIP // RUN
     TRIPS: gl.constexpr = CHUNK // TRIP

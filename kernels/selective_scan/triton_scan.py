@@ -1,7 +1,8 @@
-"""The selective scan in Triton: tile sizes, buffers and launches. The kernels are in ``triton_forward`` and
-``triton_backward``; the arguments are the canonical ones of `genssm.kernels.selective_scan.op`.
+"""The selective scan in Triton: tile sizes, buffers and launches. The kernels are in ``triton_forward``,
+``triton_backward`` and, where the device has the shared memory, ``triton_forward_shared`` and
+``triton_backward_shared``; the arguments are the canonical ones of `genssm.kernels.selective_scan.op`.
 
-Sizes depend on E, G, N and the device; the forward has two, by the number of programs. Where batch x channels (x
+Sizes depend on E, G, N and the device; the plain forward has two, by the number of programs. Where batch x channels (x
 directions) cannot fill the device, time is split into segments; where they can and directions share a result, one
 program takes the directions in turn and adds them without a buffer per direction. Nothing is added atomically, so two
 runs give the same bits; a batch row alone may differ in the last bits from the same row in a batch.
@@ -20,6 +21,7 @@ from genssm.kernels.triton_launch import (
     compiled_for_nvidia,
     device_of,
     first_steps,
+    known_triton,
     launch,
     named,
     processors,
@@ -37,20 +39,19 @@ _FORWARD_RESIDENT = 12  # programs of the forward on a multiprocessor
 _FORWARD_REGISTERS = 160  # of a lane; without a limit the compiler stops at 128 and waits more
 _BACKWARD_RESIDENT = 12  # programs of the backward on a multiprocessor
 _BACKWARD_REGISTERS = 168  # twelve programs on a multiprocessor are worth some spilled registers
-_FORWARD_WARPS = 4  # of a program of the forward whose warps share states
-_FORWARD_TRIP = 16  # tokens that it takes between two barriers
-_FORWARD_BLOCK = 32  # channels of such a program
-_FORWARD_SHARED_BYTES = 3 * 30 * 1024  # of shared memory that as many of its programs as run at once take
-_FORWARD_SHARED_REGISTERS = 168  # of a lane; twelve warps are what few programs make
 _FORWARD_ENOUGH, _BACKWARD_ENOUGH = 4, 6  # programs per multiprocessor from which on time is not split
 _FORWARD_FULL = 8  # programs per multiprocessor from which on the forward needs no smaller ones
+_SHARING_WARPS = 4  # of a program of the forward in shared memory: they share the states of its channels
+_SHARING_TRIP = 16  # tokens of its trips
+_SHARING_RESIDENT, _SHARING_ENOUGH = 4, 2  # as above, of its programs
+_SHARING_REGISTERS = 128  # of a lane; with four programs at once more is worth less than they are
+_FORWARD_SHARED_BYTES = _SHARING_RESIDENT * (28 + 1) * 1024  # that they take, with what the device adds to each
 _CHAIN_BLOCK = 128  # states of a program that chains segments
 _SEGMENT_CHUNKS = 4  # shortest segment worth its second pass
 _SHORTEST_CHUNKS = 2  # of a segment of the forward
-_SHARED_BYTES, _RESERVED_BYTES = (
-    16384,
-    1024,
-)  # of shared memory: the tiles of a program of the backward, the device's own
+_SHARED_WARPS = 2  # of a program of the backward in shared memory: they join dB and dC, which halves the slots
+_SHARED_TRIP = 4  # tokens of its trips
+_SHARED_BYTES = 6 * (33 + 1) * 1024  # that six of its programs take, with what the device adds to each
 _PARTIAL_BYTES = 4  # bytes of partial dB and dC per token and channel to stay under where the device stays full
 
 
@@ -139,20 +140,17 @@ def scan_forward(
     summed = reduce_sum and directions > 1
     out = u.new_empty((batch, length, channels) if reduce_sum else (batch, directions, length, channels))
     works = sequences * groups
-    shares = block_e is state_lanes is unroll is None and _forward_shares(
-        works, channels // groups, states, directions, summed, wide(u, delta, B, C, z, out), u.device
-    )
+    in_shared = block_e is state_lanes is unroll is None and _forward_shares(u, delta, B, C, z, out)
     if block_e is None and state_lanes is None:
         block_e, state_lanes = _forward_sizes(works, channels // groups, states, directions, summed, u.device)
     tile = forward_tile(channels // groups, states, block_e, state_lanes)
     unroll = unroll or 4
-    block = _FORWARD_BLOCK if shares else tile.channels
-    warps = _FORWARD_WARPS if shares else 1
+    block = _LANES if in_shared else tile.channels
     group_blocks = -(-(channels // groups) // block)
     saved = u.new_empty(saved_shape(batch, directions, length, channels, states, sequences), dtype=torch.float32)
     chunks = saved.shape[2]
     last = u.new_empty(sequences, directions, channels, states, dtype=torch.float32)
-    plan = _forward_split(works * group_blocks, warps, directions, summed, chunks, cu_seqlens, segments, u.device)
+    plan = _forward_split(works * group_blocks, in_shared, directions, summed, chunks, cu_seqlens, segments, u.device)
     in_turn = summed and plan.direction_programs == 1
     target = out
     if summed and (not in_turn or out.dtype != torch.float32):
@@ -218,10 +216,10 @@ def scan_forward(
             "CHUNK": chunk_steps(states),
             **_OPTIONS,
         }
-        if shares:
+        if in_shared:
             kernel = _forward_kernel()
-            arguments |= {"BLOCK": block, "WARPS": warps, "TRIP": _FORWARD_TRIP, "num_warps": warps}
-            arguments |= register_limit(u.device, _FORWARD_SHARED_REGISTERS)
+            arguments |= {"WARPS": _SHARING_WARPS, "TRIP": _SHARING_TRIP, "num_warps": _SHARING_WARPS}
+            arguments |= register_limit(u.device, _SHARING_REGISTERS)
         else:
             kernel = scan_forward_kernel
             arguments |= {
@@ -274,7 +272,7 @@ def scan_backward(
     Args:
         block_e, state_lanes, unroll, segments: as in `scan_forward`. ``unroll`` divides `chunk_steps`.
         block_programs: programs that share the blocks of a group, and slots of partial dB and dC. For measurements,
-            all of them.
+            all of them; all but ``segments`` are about the kernel that does without shared memory, and choose it.
     Returns:
         The nine gradients, each in the shape and dtype of its input, None for an absent one; see
         `genssm.kernels.selective_scan.op`.
@@ -287,13 +285,14 @@ def scan_backward(
     chunk = chunk_steps(states)
     _, directions, chunks, _, _ = saved.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    gluon = block_e is state_lanes is unroll is None and _shared_fits(u, delta, B, C, z, grad_out)
+    in_shared = block_e is state_lanes is unroll is block_programs is None and _shared_fits(u, delta, B, C, z, grad_out)
     tile = backward_tile(states, block_e, state_lanes)
     unroll = unroll or 2
-    warps = _SHARED["WARPS"] if gluon else 1
-    block = _LANES * warps if gluon else tile.channels
-    group_blocks = -(-(channels // groups) // block)
-    if block_programs is None:
+    warps = _SHARED_WARPS if in_shared else 1
+    group_blocks = -(-(channels // groups) // (_LANES * warps)) if in_shared else tile.blocks(channels // groups)
+    if in_shared:
+        block_programs = group_blocks
+    elif block_programs is None:
         block_programs = _block_programs(group_blocks, groups, channels, states)
     shared = [x is not None and x.shape[1] == 1 for x in (u, delta, z)]
     summed = directions > 1 and any(shared)
@@ -342,25 +341,27 @@ def scan_backward(
                 "chunks": chunks,
                 "zero": 0,
                 "SOFTPLUS": delta_softplus,
-                "ALIGNED": _aligned(b_strides, c_strides),
                 "CHANNELS": channels,
                 "GROUP_CHANNELS": channels // groups,
                 "STATES": states,
-                "WIDE": wide(u, delta, B, C, z, g, dbc),
                 "CHUNK": chunk,
+            }
+            sizes = {
+                "ALIGNED": _aligned(b_strides, c_strides),
+                "WIDE": wide(u, delta, B, C, z, g, dbc),
                 "UNROLL": unroll,
                 **vars(tile),
+                **_OPTIONS,
             }
             carry = None
             if plan.segments > 1:
                 carry = new(sequences, directions, plan.segments, states, channels)
                 decay = new(sequences, directions, plan.segments, channels)
                 grid = (groups * tile.blocks(channels // groups) * plan.segments * sequences * directions,)
-                launch(scan_adjoint_kernel, grid, carry=carry, decay=decay, **inputs, **_OPTIONS)
+                launch(scan_adjoint_kernel, grid, carry=carry, decay=decay, **inputs, **sizes)
                 _chain(carry, decay, a, grad_last_state, reverse=True)
             arguments = {
                 **inputs,
-                **_OPTIONS,
                 **register_limit(u.device, _BACKWARD_REGISTERS),
                 "grad_last": grad_last_state,
                 "saved": saved,
@@ -393,23 +394,21 @@ def scan_backward(
                 "sequences": sequences,
                 "direction_programs": plan.direction_programs,
                 "batch": batch,
-                "block_programs": block_programs,
                 "works": works,
                 "work_programs": work_programs,
                 "SEGMENTED": plan.segments > 1,
                 "ADD_U": per_token[0].in_turn,
                 "ADD_DELTA": per_token[1].in_turn,
                 "ADD_Z": per_token[2].in_turn,
-                "PREFETCH": compiled_for_nvidia(u.device.type),
-                "AGAIN": block_programs < group_blocks,
             }
-            if gluon:
-                dropped = ("EC", "NI", "NL", "EL", "WIDE", "ALIGNED", "PREFETCH", "UNROLL")
-                arguments = {name: x for name, x in arguments.items() if name not in dropped}
-                launch(_shared_kernel(), (programs,), **{**arguments, **_SHARED, "num_warps": warps})
+            if in_shared:
+                sizes = {**_OPTIONS, "num_warps": warps, "WARPS": warps, "UNROLL": _SHARED_TRIP}
+                launch(_shared_kernel(), (programs,), **arguments, **sizes)
             else:
-                scratch = new(programs, chunk // unroll, tile.channels * tile.NI * tile.NL)
-                launch(scan_backward_kernel, (programs,), **arguments, scratch=scratch)
+                arguments["scratch"] = new(programs, chunk // unroll, tile.channels * tile.NI * tile.NL)
+                arguments["block_programs"], arguments["AGAIN"] = block_programs, block_programs < group_blocks
+                arguments["PREFETCH"] = compiled_for_nvidia(u.device.type)
+                launch(scan_backward_kernel, (programs,), **arguments, **sizes)
     du, ddelta, dz = (x.result() for x in per_token)
     dA = _sum(da, A.shape[0]).transpose(-1, -2).to(A.dtype).contiguous()
     dbc = dbc[0] if block_programs == 1 else dbc.sum(0)
@@ -420,17 +419,19 @@ def scan_backward(
     return du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial
 
 
-_SHARED = {"WARPS": 1, "SPAN": 32, "UNROLL": 4, "KEEP": 0, "AHEAD": True, "REREAD": True}
-_USE_SHARED = True
-
-
 def _shared_fits(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None, grad_out: Tensor) -> bool:
-    """Whether `triton_backward_shared` takes the backward: its number of states, NVIDIA's larger shared memories."""
-    if not _USE_SHARED or not 8 < B.shape[-1] <= 16 or wide(u, delta, B, C, z, grad_out):
-        return False
-    if not compiled_for_nvidia(u.device.type) or _shared_kernel() is None:
-        return False
-    return _shared_memory(u.device.index or 0) >= _BACKWARD_RESIDENT * (_SHARED_BYTES + _RESERVED_BYTES)
+    """Whether the backward runs in `triton_backward_shared`; elsewhere `triton_backward` computes the same, slower.
+
+    For 9 to 16 states, offsets of 32 bits, and NVIDIA's devices whose multiprocessors have the shared memory for as
+    many programs as their registers allow; in the versions of Triton that are known to compile it: Gluon is young.
+    """
+    return (
+        8 < B.shape[-1] <= 16
+        and compiled_for_nvidia(u.device.type)
+        and _shared_memory(u.device.index or 0) >= _SHARED_BYTES
+        and not wide(u, delta, B, C, z, grad_out)
+        and _shared_kernel() is not None
+    )
 
 
 @functools.cache
@@ -440,11 +441,11 @@ def _shared_memory(index: int) -> int:
 
 @functools.cache
 def _shared_kernel():
-    """The kernel in Gluon, or None where this Triton has none that is known to compile it."""
-    try:
-        from genssm.kernels.selective_scan.triton_backward_shared import scan_backward_shared_kernel
-    except ImportError:
+    """The backward in shared memory, None without a Triton for it."""
+    if not known_triton():
         return None
+    from genssm.kernels.selective_scan.triton_backward_shared import scan_backward_shared_kernel
+
     return scan_backward_shared_kernel
 
 
@@ -522,34 +523,30 @@ def _forward_sizes(
     return (_LANES, 2) if enough <= programs < 2 * full else (None, None)
 
 
-def _forward_shares(
-    works: int, channels: int, states: int, directions: int, summed: bool, wide: bool, device: torch.device
-) -> bool:
-    """Whether `triton_forward_shared` takes the forward, for ``works`` sequences x groups: where the plain kernel's
-    programs would be few, on NVIDIA devices that have the shared memory."""
-    if wide or not 8 < states <= 16 or not compiled_for_nvidia(device.type) or _forward_kernel() is None:
-        return False
-    programs = works * -(-channels // (2 * _LANES))
-    if not summed or programs < _FORWARD_ENOUGH * processors(device):
-        programs *= directions
-    if programs >= _FORWARD_FULL * processors(device):
-        return False
-    return _shared_memory(device.index or 0) >= _FORWARD_SHARED_BYTES
+def _forward_shares(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None, out: Tensor) -> bool:
+    """Whether the forward runs in `triton_forward_shared`: as `_shared_fits`, with less shared memory."""
+    return (
+        8 < B.shape[-1] <= 16
+        and compiled_for_nvidia(u.device.type)
+        and _shared_memory(u.device.index or 0) >= _FORWARD_SHARED_BYTES
+        and not wide(u, delta, B, C, z, out)
+        and _forward_kernel() is not None
+    )
 
 
 @functools.cache
 def _forward_kernel():
-    """The kernel in Gluon, or None where this Triton has none that is known to compile it."""
-    try:
-        from genssm.kernels.selective_scan.triton_forward_shared import scan_forward_shared_kernel
-    except ImportError:
+    """The forward in shared memory, None without a Triton for it."""
+    if not known_triton():
         return None
+    from genssm.kernels.selective_scan.triton_forward_shared import scan_forward_shared_kernel
+
     return scan_forward_shared_kernel
 
 
 def _forward_split(
     programs: int,
-    warps: int,
+    in_shared: bool,
     directions: int,
     summed: bool,
     chunks: int,
@@ -558,15 +555,14 @@ def _forward_split(
     device: torch.device,
 ) -> _Split:
     """As `_split`; as many segments as make programs that all run at once, because a few more would run alone."""
-    resident = _FORWARD_RESIDENT * processors(device) // warps
-    enough = _FORWARD_ENOUGH * processors(device) if warps == 1 else resident
+    resident, enough = (_SHARING_RESIDENT, _SHARING_ENOUGH) if in_shared else (_FORWARD_RESIDENT, _FORWARD_ENOUGH)
     if segments is None:
-        if summed and programs >= enough:
+        if summed and programs >= enough * processors(device):
             return _Split(1, 1, chunks)
         segments = 1
         programs *= directions
-        if 0 < programs < enough:
-            segments = max(1, min(resident // programs, chunks // _SHORTEST_CHUNKS))
+        if 0 < programs < enough * processors(device):
+            segments = max(1, min(resident * processors(device) // programs, chunks // _SHORTEST_CHUNKS))
     elif summed and segments == 1:
         return _Split(1, 1, chunks)
     if cu_seqlens is not None:

@@ -70,13 +70,21 @@ def moved(address, row, row_bytes):
 @gluon.jit
 def prefetch(address, row, row_bytes):
     gl.inline_asm_elementwise(
-        "prefetch.global.L1 [$1]; mov.b32 $0, 0;",
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
         "=r,l",
         [moved(address, row, row_bytes)],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
     )
+
+
+@gluon.jit
+def prefetch_row(near, row, row_bytes, stride, last, COUNT: gl.constexpr):
+    """The sectors of COUNT elements of a row of each lane, to the second level; none behind the ``last`` element."""
+    SECTOR: gl.constexpr = 256 // near.dtype.element_ty.primitive_bitwidth
+    for i in gl.static_range((COUNT + SECTOR - 1) // SECTOR):
+        prefetch(address(near + gl.minimum(SECTOR * i, last) * stride), row, row_bytes)
 
 
 @gluon.jit
@@ -94,6 +102,38 @@ def byte_count(pointer, elements):
 def in_row(like, address, row, row_bytes):
     """Pointers of the type of ``like`` into the rows behind ``address``."""
     return moved(address, row, row_bytes).to(gl.pointer_type(like.dtype.element_ty), bitcast=True)
+
+
+@gluon.jit
+def load_seen(like, address, row, row_bytes, mask, limit, LIMITED: gl.constexpr):
+    """From a row, zero where it is padding: that may hold anything."""
+    if LIMITED:
+        mask = mask & (row < limit)
+    return gl.load(in_row(like, address, row, row_bytes), mask=mask, other=0.0)
+
+
+@gluon.jit
+def of_steps(rows, base, last, COUNT: gl.constexpr):
+    """The rows of COUNT steps; behind the ``last`` step its own."""
+    found = ()
+    for i in gl.static_range(COUNT):
+        found = found + (of_step(rows, gl.minimum(base + i, last)),)
+    return found
+
+
+@gluon.jit
+def load_steps(like, address, rows, row_bytes, mask, limit, LIMITED: gl.constexpr):
+    """From each of some rows, as `load_seen`."""
+    found = ()
+    for i in gl.static_range(len(rows)):
+        found = found + (load_seen(like, address, rows[i], row_bytes, mask, limit, LIMITED),)
+    return found
+
+
+@gluon.jit
+def opaque(x):
+    """``x``, of which the compiler knows nothing and keeps nothing that it computes from it."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -232,13 +272,9 @@ def store_tile(
 
 
 @gluon.jit
-def joined(x, COUNT: gl.constexpr):
-    """COUNT vectors side by side."""
-    if COUNT == 2:
-        joined = gl.join(x[0], x[1])
-    else:
-        joined = gl.reshape(gl.join(gl.join(x[0], x[2]), gl.join(x[1], x[3])), [x[0].shape[0], 4])
-    return joined
+def joined(x):
+    """Four vectors side by side."""
+    return gl.reshape(gl.join(gl.join(x[0], x[2]), gl.join(x[1], x[3])), [x[0].shape[0], 4])
 
 
 @gluon.jit

@@ -18,6 +18,7 @@ import numpy
 import pytest
 import torch
 
+from genssm.kernels.triton_launch import known_triton
 from tests.kernels import gluon_on_cpu
 from tests.kernels.problems import Case, check_parity, conv_problem, scan_problem, ssd_problem
 
@@ -75,7 +76,7 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "segments": Case(batch=1, length=70, channels=8, states=16, directions=2, order="random", initial=True),
         "in turn": Case(batch=1, length=6, channels=8, states=16, directions=3, order="random", initial=True),
-        "blocks in turn": Case(batch=1, length=3, channels=140, states=16),
+        "blocks": Case(batch=1, length=3, channels=140, states=16),
     },
     "ssd options": {
         "bare, one token": Case(batch=1, length=1, channels=6, without="D z dt_bias", softplus=False),
@@ -140,6 +141,8 @@ def cannot_interpret() -> str | None:
 @pytest.mark.skipif(cannot_interpret() is not None, reason=str(cannot_interpret()))
 @pytest.mark.parametrize("group", CASES)
 def test_parity_in_the_interpreter(group: str) -> None:
+    if group == "scan in shared memory" and not known_triton():
+        pytest.skip("this version of triton has another Gluon")
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     environment.pop("GENSSM_BACKEND", None)
@@ -160,12 +163,14 @@ def _force(name: str, patch: pytest.MonkeyPatch) -> None:
     if name == "segments":
         patch.setattr(triton_scan, "_FORWARD_ENOUGH", 10**6)
         patch.setattr(triton_scan, "_FORWARD_RESIDENT", 10**6)
+        patch.setattr(triton_scan, "_SHARING_ENOUGH", 10**6)
+        patch.setattr(triton_scan, "_SHARING_RESIDENT", 10**6)
         patch.setattr(triton_scan, "_BACKWARD_ENOUGH", 10**6)
         patch.setattr(triton_scan, "_SEGMENT_CHUNKS", 1)
         patch.setattr(triton_scan, "_SHORTEST_CHUNKS", 1)
     if name == "in turn":
         patch.setattr(triton_scan, "_FORWARD_ENOUGH", 0)
-        patch.setattr(triton_scan, "_FORWARD_RESIDENT", 0)
+        patch.setattr(triton_scan, "_SHARING_ENOUGH", 0)
         patch.setattr(triton_scan, "_BACKWARD_ENOUGH", 0)
     if name == "long trips":
         patch.setattr(triton_scan, "scan_forward", functools.partial(triton_scan.scan_forward, unroll=8))

@@ -167,6 +167,42 @@ def test_two_processes_equal_one(straight: Path, tmp_path: Path, command: Callab
     assert Image.open(run / "samples" / "step_0000024.png").size[0] > 100
 
 
+_LATE_LOOK = """
+import os, sys, time, train
+from pathlib import Path
+there = Path.exists
+def late(path, **options):  # between the two looks of a process at the folder that it finds missing
+    looked = path.with_name("looked")
+    if path.name == "run" and os.environ["RANK"] == "0":
+        looked.touch()
+    elif path.name == "run":
+        while not there(looked):
+            time.sleep(0.05)
+        time.sleep(2)
+    return there(path, **options)
+Path.exists = late
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_folder_is_made_when_all_have_looked(tmp_path: Path, command: Callable[[Path], list[str]]) -> None:
+    """A process that is late does not meet the folder of its own run and take it for another's."""
+    script = tmp_path / "late.py"
+    script.write_text(_LATE_LOOK)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", str(script)]
+    done = subprocess.run(
+        [*launch, *command(tmp_path / "run"), "train.max_train_steps=1"], cwd=ROOT, env=environment,
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert latest_checkpoint(tmp_path / "run").name == "step_0000001"
+
+
 @pytest.mark.parametrize(
     "options",
     [
