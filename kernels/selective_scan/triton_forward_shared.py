@@ -114,70 +114,23 @@ def gate_rows(z, z_at, z_l, rows, mask, lengths, limit):
     return found
 
 
-@gluon.jit(do_not_specialize=_RUNTIME)
-def scan_forward_shared_kernel(
-    u,
-    delta,
-    a,
-    b,
-    c,
-    skip,
-    z,
-    bias,
-    orders,
-    initial,
-    lengths,
-    first_steps,
-    borders,
-    out,
-    partial,
-    last,
-    saved,
-    carry,
-    decay,
-    u_b,
-    u_k,
-    u_l,
-    u_e,
-    d_b,
-    d_k,
-    d_l,
-    d_e,
-    z_b,
-    z_k,
-    z_l,
-    z_e,
-    b_b,
-    b_k,
-    b_l,
-    b_g,
-    b_n,
-    c_b,
-    c_k,
-    c_l,
-    c_g,
-    c_n,
-    a_k,
-    skip_k,
-    bias_k,
-    i_s,
-    i_k,
-    i_e,
-    i_n,
-    out_b,
-    out_k,
-    length,
-    sequences,
-    directions,
-    direction_programs,
-    segments,
-    segment_programs,
-    segment_chunks,
-    chunks,
-    zero,
+@gluon.jit
+def scan_segment(
+    place,
+    inputs,
+    results,
+    u_strides,
+    d_strides,
+    z_strides,
+    b_strides,
+    c_strides,
+    i_strides,
+    k_strides,
+    sizes,
     SOFTPLUS: gl.constexpr,
     OUTPUT: gl.constexpr,
-    SEGMENTED: gl.constexpr,
+    CARRIED: gl.constexpr,
+    HANDED_ON: gl.constexpr,
     ACCUMULATE: gl.constexpr,
     CHANNELS: gl.constexpr,
     GROUP_CHANNELS: gl.constexpr,
@@ -186,7 +139,18 @@ def scan_forward_shared_kernel(
     WARPS: gl.constexpr,
     TRIP: gl.constexpr,
 ):
-    """Scan one segment of one sequence for one block of channels, as `triton_forward.scan_forward_kernel` does."""
+    """Scan one segment of one sequence for one block of channels; CARRIED: from the state that the chain left it."""
+    block, first_direction, segment, s = place
+    u, delta, a, b, c, skip, z, bias, orders, initial, lengths, first_steps, borders = inputs
+    out, partial, last, saved, carry, decay = results
+    u_b, u_k, u_l, u_e = u_strides
+    d_b, d_k, d_l, d_e = d_strides
+    z_b, z_k, z_l, z_e = z_strides
+    b_b, b_k, b_l, b_g, b_n = b_strides
+    c_b, c_k, c_l, c_g, c_n = c_strides
+    i_s, i_k, i_e, i_n = i_strides
+    a_k, skip_k, bias_k, out_b, out_k = k_strides
+    length, sequences, directions, direction_programs, segments, segment_chunks, chunks, zero = sizes
     BLOCK: gl.constexpr = 32  # channels, one to a lane
     NI: gl.constexpr = 16 // WARPS  # states of a lane
     RUN: gl.constexpr = min(4, TRIP // WARPS)
@@ -199,13 +163,6 @@ def scan_forward_shared_kernel(
     LANES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, TILE))
     gl.static_assert(TRIPS % 2 == 0)
     GROUP_BLOCKS: gl.constexpr = (GROUP_CHANNELS + BLOCK - 1) // BLOCK
-    BLOCKS: gl.constexpr = GROUP_BLOCKS * (CHANNELS // GROUP_CHANNELS)
-    block = gl.program_id(0) % BLOCKS
-    work = gl.program_id(0) // BLOCKS
-    first_direction = work % direction_programs
-    work = work // direction_programs
-    segment = work % segment_programs
-    s = (work // segment_programs).to(gl.int64)
     group = block // GROUP_BLOCKS
     inside = (block % GROUP_BLOCKS) * BLOCK  # first channel of the block, inside its group
     origin = inside.to(gl.int64) + group * GROUP_CHANNELS
@@ -259,7 +216,7 @@ def scan_forward_shared_kernel(
         else:
             first = gl.load(first_steps + k64 * sequences + s)
             end = first + gl.load(borders + s + 1) - gl.load(borders + s)
-        if SEGMENTED & OUTPUT:
+        if CARRIED:
             h = load_float(carry + (sk * segments + segment) * (STATES * CHANNELS) + origin + own, own_mask)
         elif OUTPUT & (initial is not None):
             h = load_float(initial + s * i_s + k64 * i_k + origin * i_e + (et * i_e + nt * i_n), own_mask)
@@ -285,8 +242,9 @@ def scan_forward_shared_kernel(
         kept = saved + (row_batch * directions + k64) * chunks * (STATES * CHANNELS) + origin
         total = gl.full([RUNS, BLOCK, RUN], 0.0, gl.float32, TOKENS)
 
-        low = first // CHUNK + segment * segment_chunks
-        high = gl.minimum(low + segment_chunks, gl.cdiv(end, CHUNK))
+        ahead = chunks - (segments - segment - 1) * segment_chunks  # up to the end of the segment; the first is short
+        low = first // CHUNK + gl.maximum(ahead - segment_chunks, 0)
+        high = gl.minimum(first // CHUNK + ahead, gl.cdiv(end, CHUNK))
         bottom = gl.maximum(low * CHUNK, first)
         stop = gl.minimum(high * CHUNK, end)
         lowest = gl.minimum(bottom, length - 1)
@@ -385,8 +343,123 @@ def scan_forward_shared_kernel(
                 h,
                 mask=own_mask & (segment == segments - 1),
             )
-        else:
-            place = sk * segments + segment
-            gl.store(carry + place * (STATES * CHANNELS) + origin + own, h, mask=own_mask)
+        if HANDED_ON:  # behind the first segment, whose state is the right one, ``decay`` is zero
+            slot = sk * segments + segment
+            gl.store(carry + slot * (STATES * CHANNELS) + origin + own, h, mask=own_mask)
             total = gl.sum(gl.sum(total, 2), 0)[None, :, None]
-            gl.store(decay + place * CHANNELS + origin + ev, total, mask=ev_mask)
+            gl.store(decay + slot * CHANNELS + origin + ev, total, mask=ev_mask)
+
+
+@gluon.jit(do_not_specialize=_RUNTIME)
+def scan_forward_shared_kernel(
+    u,
+    delta,
+    a,
+    b,
+    c,
+    skip,
+    z,
+    bias,
+    orders,
+    initial,
+    lengths,
+    first_steps,
+    borders,
+    out,
+    partial,
+    last,
+    saved,
+    carry,
+    decay,
+    u_b,
+    u_k,
+    u_l,
+    u_e,
+    d_b,
+    d_k,
+    d_l,
+    d_e,
+    z_b,
+    z_k,
+    z_l,
+    z_e,
+    b_b,
+    b_k,
+    b_l,
+    b_g,
+    b_n,
+    c_b,
+    c_k,
+    c_l,
+    c_g,
+    c_n,
+    a_k,
+    skip_k,
+    bias_k,
+    i_s,
+    i_k,
+    i_e,
+    i_n,
+    out_b,
+    out_k,
+    length,
+    sequences,
+    directions,
+    direction_programs,
+    segments,
+    segment_programs,
+    segment_chunks,
+    chunks,
+    zero,
+    SOFTPLUS: gl.constexpr,
+    OUTPUT: gl.constexpr,
+    SEGMENTED: gl.constexpr,
+    ACCUMULATE: gl.constexpr,
+    CHANNELS: gl.constexpr,
+    GROUP_CHANNELS: gl.constexpr,
+    STATES: gl.constexpr,
+    CHUNK: gl.constexpr,
+    WARPS: gl.constexpr,
+    TRIP: gl.constexpr,
+):
+    """Scan one segment of one sequence for one block of channels, as `triton_forward.scan_forward_kernel` does.
+
+    But where time is split: without OUTPUT the first segment is scanned for good, from the right initial state, and
+    with OUTPUT all but the first.
+    """
+    BLOCKS: gl.constexpr = (GROUP_CHANNELS + 31) // 32 * (CHANNELS // GROUP_CHANNELS)
+    block = gl.program_id(0) % BLOCKS
+    work = gl.program_id(0) // BLOCKS
+    first_direction = work % direction_programs
+    work = work // direction_programs
+    segment = work % segment_programs
+    if OUTPUT & SEGMENTED:
+        segment = segment + 1
+    place = (block, first_direction, segment, (work // segment_programs).to(gl.int64))
+    inputs = (u, delta, a, b, c, skip, z, bias, orders, initial, lengths, first_steps, borders)
+    results = (out, partial, last, saved, carry, decay)
+    us = (u_b, u_k, u_l, u_e)
+    ds = (d_b, d_k, d_l, d_e)
+    zs = (z_b, z_k, z_l, z_e)
+    bs = (b_b, b_k, b_l, b_g, b_n)
+    cs = (c_b, c_k, c_l, c_g, c_n)
+    hs = (i_s, i_k, i_e, i_n)
+    ks = (a_k, skip_k, bias_k, out_b, out_k)
+    sizes = (length, sequences, directions, direction_programs, segments, segment_chunks, chunks, zero)
+    # fmt: off
+    if OUTPUT:
+        scan_segment(
+            place, inputs, results, us, ds, zs, bs, cs, hs, ks, sizes, SOFTPLUS, True, SEGMENTED, False, ACCUMULATE,
+            CHANNELS, GROUP_CHANNELS, STATES, CHUNK, WARPS, TRIP,
+        )
+    elif segment == 0:
+        scan_segment(
+            place, inputs, results, us, ds, zs, bs, cs, hs, ks, sizes, SOFTPLUS, True, False, True, ACCUMULATE,
+            CHANNELS, GROUP_CHANNELS, STATES, CHUNK, WARPS, TRIP,
+        )
+    else:
+        scan_segment(
+            place, inputs, results, us, ds, zs, bs, cs, hs, ks, sizes, SOFTPLUS, False, False, True, ACCUMULATE,
+            CHANNELS, GROUP_CHANNELS, STATES, CHUNK, WARPS, TRIP,
+        )
+    # fmt: on

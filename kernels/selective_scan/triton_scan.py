@@ -10,6 +10,7 @@ runs give the same bits; a batch row alone may differ in the last bits from the 
 
 import dataclasses
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -44,8 +45,9 @@ _FORWARD_FULL = 8  # programs per multiprocessor from which on the forward needs
 _SHARING_WARPS = 4  # of a program of the forward in shared memory: they share the states of its channels
 _SHARING_TRIP = 16  # tokens of its trips
 _SHARING_RESIDENT, _SHARING_ENOUGH = 4, 2  # as above, of its programs
+_SHARING_LOCAL = 0.7  # of a pass is what a local pass takes
 _SHARING_REGISTERS = 128  # of a lane; with four programs at once more is worth less than they are
-_FORWARD_SHARED_BYTES = _SHARING_RESIDENT * (28 + 1) * 1024  # that they take, with what the device adds to each
+_FORWARD_SHARED_BYTES = _SHARING_RESIDENT * (29 + 1) * 1024  # that they take, with what the device adds to each
 _CHAIN_BLOCK = 128  # states of a program that chains segments
 _SEGMENT_CHUNKS = 4  # shortest segment worth its second pass
 _SHORTEST_CHUNKS = 2  # of a segment of the forward
@@ -235,8 +237,10 @@ def scan_forward(
         if plan.segments > 1:
             local = {**arguments, "segment_programs": plan.segments - 1, "OUTPUT": False}
             launch(kernel, (programs * (plan.segments - 1),), **local)
-            _chain(carry, decay, a, initial_state, reverse=False)
-        launch(kernel, (programs * plan.segments,), **arguments, OUTPUT=True)
+            if in_shared:  # which has scanned the first segment for good by now
+                arguments["segment_programs"] = plan.segments - 1
+            _chain(carry, decay, a, None if in_shared else initial_state, reverse=False)
+        launch(kernel, (programs * arguments["segment_programs"],), **arguments, OUTPUT=True)
         if target.ndim > out.ndim:
             out = target.sum(1).to(out.dtype)
     return out, last, saved
@@ -554,7 +558,11 @@ def _forward_split(
     segments: int | None,
     device: torch.device,
 ) -> _Split:
-    """As `_split`; as many segments as make programs that all run at once, because a few more would run alone."""
+    """As `_split`; as many segments as make programs that all run at once, because a few more would run alone.
+
+    In shared memory one more, because the first is scanned in the launch of the local passes and the others in the next
+    one. It is made as short as its pass takes longer than a local one.
+    """
     resident, enough = (_SHARING_RESIDENT, _SHARING_ENOUGH) if in_shared else (_FORWARD_RESIDENT, _FORWARD_ENOUGH)
     if segments is None:
         if summed and programs >= enough * processors(device):
@@ -562,12 +570,15 @@ def _forward_split(
         segments = 1
         programs *= directions
         if 0 < programs < enough * processors(device):
-            segments = max(1, min(resident * processors(device) // programs, chunks // _SHORTEST_CHUNKS))
+            fitting = resident * processors(device) // programs + in_shared
+            segments = max(1, min(fitting, chunks // _SHORTEST_CHUNKS))
     elif summed and segments == 1:
         return _Split(1, 1, chunks)
     if cu_seqlens is not None:
         segments = 1  # packed sequences are the pieces already
     segment_chunks = -(-chunks // segments)
+    if in_shared and segments > 1:
+        segment_chunks = math.ceil(chunks / (segments - 1 + _SHARING_LOCAL))
     return _Split(directions, -(-chunks // segment_chunks), segment_chunks)
 
 

@@ -52,6 +52,9 @@ class Value:
     def __index__(self) -> int:
         return int(self.x)
 
+    def __bool__(self) -> bool:
+        return bool(self.x)
+
     def __add__(self, other) -> "Value":
         if isinstance(self.dtype, Pointer):
             size = self.dtype.element_ty.primitive_bitwidth // 8

@@ -74,7 +74,7 @@ CASES: dict[str, dict[str, Case]] = {
             initial=True,
             own="A",
         ),
-        "segments": Case(batch=1, length=70, channels=8, states=16, directions=2, order="random", initial=True),
+        "segments": Case(batch=1, length=134, channels=8, states=16, directions=2, order="random", initial=True),
         "in turn": Case(batch=1, length=6, channels=8, states=16, directions=3, order="random", initial=True),
         "blocks": Case(batch=1, length=3, channels=140, states=16),
     },
