@@ -95,8 +95,16 @@ def register_limit(device: torch.device, registers: int) -> dict[str, int]:
     return {} if device.type == "xpu" or torch.version.hip else {"maxnreg": registers}
 
 
-_KNOWN = ((3, 6), (3, 8))  # first and last version of Triton whose launches this file is known to repeat truly
+_KNOWN = ((3, 6), (3, 8))  # first and last version of Triton that were tried here
 _MOST = 4096  # launches of a kernel to remember
+
+
+@functools.cache
+def known_triton() -> bool:
+    """Whether Triton is of a version whose launches this file repeats truly, and whose Gluon is the one used here."""
+    import triton
+
+    return _KNOWN[0] <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= _KNOWN[1]
 
 
 def launch(kernel, grid: tuple[int, ...], /, **arguments) -> None:
@@ -163,11 +171,7 @@ _launches: dict[types.FunctionType, _Launches] = {}
 def _triton(device: str) -> types.SimpleNamespace | None:
     """Triton's settings and its driver, or None where launches go its own way: in the interpreter, on other devices
     than NVIDIA's, in versions that are not known."""
-    if not compiled_for_nvidia(device):
-        return None
-    import triton
-
-    if not _KNOWN[0] <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= _KNOWN[1]:
+    if not compiled_for_nvidia(device) or not known_triton():
         return None
     from triton import knobs
     from triton.runtime import driver

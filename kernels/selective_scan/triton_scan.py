@@ -1,7 +1,8 @@
-"""The selective scan in Triton: tile sizes, buffers and launches. The kernels are in ``triton_forward`` and
-``triton_backward``; the arguments are the canonical ones of `genssm.kernels.selective_scan.op`.
+"""The selective scan in Triton: tile sizes, buffers and launches. The kernels are in ``triton_forward``,
+``triton_backward`` and, where the device has the shared memory, ``triton_forward_shared`` and
+``triton_backward_shared``; the arguments are the canonical ones of `genssm.kernels.selective_scan.op`.
 
-Sizes depend on E, G, N and the device; the forward has two, by the number of programs. Where batch x channels (x
+Sizes depend on E, G, N and the device; the plain forward has two, by the number of programs. Where batch x channels (x
 directions) cannot fill the device, time is split into segments; where they can and directions share a result, one
 program takes the directions in turn and adds them without a buffer per direction. Nothing is added atomically, so two
 runs give the same bits; a batch row alone may differ in the last bits from the same row in a batch.
@@ -9,6 +10,7 @@ runs give the same bits; a batch row alone may differ in the last bits from the 
 
 import dataclasses
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from genssm.kernels.triton_launch import (
     compiled_for_nvidia,
     device_of,
     first_steps,
+    known_triton,
     launch,
     named,
     processors,
@@ -39,10 +42,18 @@ _BACKWARD_RESIDENT = 12  # programs of the backward on a multiprocessor
 _BACKWARD_REGISTERS = 168  # twelve programs on a multiprocessor are worth some spilled registers
 _FORWARD_ENOUGH, _BACKWARD_ENOUGH = 4, 6  # programs per multiprocessor from which on time is not split
 _FORWARD_FULL = 8  # programs per multiprocessor from which on the forward needs no smaller ones
-_WANTED = 16  # programs per multiprocessor to aim at when it is
+_SHARING_WARPS = 4  # of a program of the forward in shared memory: they share the states of its channels
+_SHARING_TRIP = 16  # tokens of its trips
+_SHARING_RESIDENT, _SHARING_ENOUGH = 4, 2  # as above, of its programs
+_SHARING_LOCAL = 0.7  # of a pass is what a local pass takes
+_SHARING_REGISTERS = 128  # of a lane; with four programs at once more is worth less than they are
+_FORWARD_SHARED_BYTES = _SHARING_RESIDENT * (29 + 1) * 1024  # that they take, with what the device adds to each
 _CHAIN_BLOCK = 128  # states of a program that chains segments
 _SEGMENT_CHUNKS = 4  # shortest segment worth its second pass
 _SHORTEST_CHUNKS = 2  # of a segment of the forward
+_SHARED_WARPS = 2  # of a program of the backward in shared memory: they join dB and dC, which halves the slots
+_SHARED_TRIP = 4  # tokens of its trips
+_SHARED_BYTES = 6 * (33 + 1) * 1024  # that six of its programs take, with what the device adds to each
 _PARTIAL_BYTES = 4  # bytes of partial dB and dC per token and channel to stay under where the device stays full
 
 
@@ -129,20 +140,20 @@ def scan_forward(
     directions = directions_of(orders, u, delta, A, B, C, D, z, delta_bias)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     summed = reduce_sum and directions > 1
+    out = u.new_empty((batch, length, channels) if reduce_sum else (batch, directions, length, channels))
+    works = sequences * groups
+    in_shared = block_e is state_lanes is unroll is None and _forward_shares(u, delta, B, C, z, out)
     if block_e is None and state_lanes is None:
-        block_e, state_lanes = _forward_sizes(
-            sequences * groups, channels // groups, states, directions, summed, u.device
-        )
+        block_e, state_lanes = _forward_sizes(works, channels // groups, states, directions, summed, u.device)
     tile = forward_tile(channels // groups, states, block_e, state_lanes)
     unroll = unroll or 4
-    group_blocks = tile.blocks(channels // groups)
+    block = _LANES if in_shared else tile.channels
+    group_blocks = -(-(channels // groups) // block)
     saved = u.new_empty(saved_shape(batch, directions, length, channels, states, sequences), dtype=torch.float32)
     chunks = saved.shape[2]
     last = u.new_empty(sequences, directions, channels, states, dtype=torch.float32)
-    programs = sequences * groups * group_blocks
-    plan = _forward_split(programs, directions, summed, chunks, cu_seqlens, segments, u.device)
+    plan = _forward_split(works * group_blocks, in_shared, directions, summed, chunks, cu_seqlens, segments, u.device)
     in_turn = summed and plan.direction_programs == 1
-    out = u.new_empty((batch, length, channels) if reduce_sum else (batch, directions, length, channels))
     target = out
     if summed and (not in_turn or out.dtype != torch.float32):
         shape = (batch, length, channels) if in_turn else (batch, directions, length, channels)
@@ -201,25 +212,35 @@ def scan_forward(
             "SOFTPLUS": delta_softplus,
             "SEGMENTED": plan.segments > 1,
             "ACCUMULATE": in_turn,
-            "ALIGNED": _aligned(b_strides, c_strides),
             "CHANNELS": channels,
             "GROUP_CHANNELS": channels // groups,
             "STATES": states,
-            "WIDE": wide(u, delta, B, C, z, out),
             "CHUNK": chunk_steps(states),
-            "WINDOW": max(_WINDOW, unroll),  # whole trips
-            "PREFETCH": compiled_for_nvidia(u.device.type),
-            "UNROLL": unroll,
-            **vars(tile),
             **_OPTIONS,
-            **register_limit(u.device, _FORWARD_REGISTERS),
         }
-        works = groups * group_blocks * plan.direction_programs * sequences
+        if in_shared:
+            kernel = _forward_kernel()
+            arguments |= {"WARPS": _SHARING_WARPS, "TRIP": _SHARING_TRIP, "num_warps": _SHARING_WARPS}
+            arguments |= register_limit(u.device, _SHARING_REGISTERS)
+        else:
+            kernel = scan_forward_kernel
+            arguments |= {
+                "ALIGNED": _aligned(b_strides, c_strides),
+                "WIDE": wide(u, delta, B, C, z, out),
+                "WINDOW": max(_WINDOW, unroll),  # whole trips
+                "PREFETCH": compiled_for_nvidia(u.device.type),
+                "UNROLL": unroll,
+                **vars(tile),
+                **register_limit(u.device, _FORWARD_REGISTERS),
+            }
+        programs = works * group_blocks * plan.direction_programs
         if plan.segments > 1:
             local = {**arguments, "segment_programs": plan.segments - 1, "OUTPUT": False}
-            launch(scan_forward_kernel, (works * (plan.segments - 1),), **local)
-            _chain(carry, decay, a, initial_state, reverse=False)
-        launch(scan_forward_kernel, (works * plan.segments,), **arguments, OUTPUT=True)
+            launch(kernel, (programs * (plan.segments - 1),), **local)
+            if in_shared:  # which has scanned the first segment for good by now
+                arguments["segment_programs"] = plan.segments - 1
+            _chain(carry, decay, a, None if in_shared else initial_state, reverse=False)
+        launch(kernel, (programs * arguments["segment_programs"],), **arguments, OUTPUT=True)
         if target.ndim > out.ndim:
             out = target.sum(1).to(out.dtype)
     return out, last, saved
@@ -255,7 +276,7 @@ def scan_backward(
     Args:
         block_e, state_lanes, unroll, segments: as in `scan_forward`. ``unroll`` divides `chunk_steps`.
         block_programs: programs that share the blocks of a group, and slots of partial dB and dC. For measurements,
-            all of them.
+            all of them; all but ``segments`` are about the kernel that does without shared memory, and choose it.
     Returns:
         The nine gradients, each in the shape and dtype of its input, None for an absent one; see
         `genssm.kernels.selective_scan.op`.
@@ -268,19 +289,23 @@ def scan_backward(
     chunk = chunk_steps(states)
     _, directions, chunks, _, _ = saved.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    in_shared = block_e is state_lanes is unroll is block_programs is None and _shared_fits(u, delta, B, C, z, grad_out)
     tile = backward_tile(states, block_e, state_lanes)
     unroll = unroll or 2
-    group_blocks = tile.blocks(channels // groups)
-    if block_programs is None:
+    warps = _SHARED_WARPS if in_shared else 1
+    group_blocks = -(-(channels // groups) // (_LANES * warps)) if in_shared else tile.blocks(channels // groups)
+    if in_shared:
+        block_programs = group_blocks
+    elif block_programs is None:
         block_programs = _block_programs(group_blocks, groups, channels, states)
     shared = [x is not None and x.shape[1] == 1 for x in (u, delta, z)]
     summed = directions > 1 and any(shared)
-    programs = sequences * groups * block_programs
+    programs = sequences * groups * block_programs * warps
     plan = _split(programs, directions, summed, chunks, cu_seqlens, segments, _BACKWARD_ENOUGH, u.device)
     works = sequences * plan.segments
     work_programs = works
     if plan.segments == 1:
-        wanted = _BACKWARD_RESIDENT * processors(u.device)
+        wanted = _BACKWARD_RESIDENT * processors(u.device) // warps
         work_programs = min(works, -(-wanted // (groups * block_programs * plan.direction_programs)))
         work_programs = -(-works // -(-works // max(work_programs, 1))) if works else 0
     programs = block_programs * groups * plan.direction_programs * work_programs
@@ -320,70 +345,74 @@ def scan_backward(
                 "chunks": chunks,
                 "zero": 0,
                 "SOFTPLUS": delta_softplus,
-                "ALIGNED": _aligned(b_strides, c_strides),
                 "CHANNELS": channels,
                 "GROUP_CHANNELS": channels // groups,
                 "STATES": states,
-                "WIDE": wide(u, delta, B, C, z, g, dbc),
                 "CHUNK": chunk,
+            }
+            sizes = {
+                "ALIGNED": _aligned(b_strides, c_strides),
+                "WIDE": wide(u, delta, B, C, z, g, dbc),
                 "UNROLL": unroll,
                 **vars(tile),
+                **_OPTIONS,
             }
             carry = None
             if plan.segments > 1:
                 carry = new(sequences, directions, plan.segments, states, channels)
                 decay = new(sequences, directions, plan.segments, channels)
-                grid = (groups * group_blocks * plan.segments * sequences * directions,)
-                launch(scan_adjoint_kernel, grid, carry=carry, decay=decay, **inputs, **_OPTIONS)
+                grid = (groups * tile.blocks(channels // groups) * plan.segments * sequences * directions,)
+                launch(scan_adjoint_kernel, grid, carry=carry, decay=decay, **inputs, **sizes)
                 _chain(carry, decay, a, grad_last_state, reverse=True)
-            launch(
-                scan_backward_kernel,
-                (programs,),
+            arguments = {
                 **inputs,
-                **_OPTIONS,
                 **register_limit(u.device, _BACKWARD_REGISTERS),
-                grad_last=grad_last_state,
-                saved=saved,
-                u=u,
-                b=B,
-                skip=skip,
-                initial=initial_state,
-                first_steps=first_steps(orders, cu_seqlens, length, directions),
-                borders=cu_seqlens,
-                carry=carry,
-                scratch=new(programs, chunk // unroll, tile.channels * tile.NI * tile.NL),
-                du=per_token[0].final,
-                ddelta=per_token[1].final,
-                dz=per_token[2].final,
-                du_sum=per_token[0].partial,
-                ddelta_sum=per_token[1].partial,
-                dz_sum=per_token[2].partial,
-                da=da,
-                dbc=dbc,
-                dskip=dskip,
-                dbias=dbias,
-                dinitial=dinitial,
+                "grad_last": grad_last_state,
+                "saved": saved,
+                "u": u,
+                "b": B,
+                "skip": skip,
+                "initial": initial_state,
+                "first_steps": first_steps(orders, cu_seqlens, length, directions),
+                "borders": cu_seqlens,
+                "carry": carry,
+                "du": per_token[0].final,
+                "ddelta": per_token[1].final,
+                "dz": per_token[2].final,
+                "du_sum": per_token[0].partial,
+                "ddelta_sum": per_token[1].partial,
+                "dz_sum": per_token[2].partial,
+                "da": da,
+                "dbc": dbc,
+                "dskip": dskip,
+                "dbias": dbias,
+                "dinitial": dinitial,
                 **named("u", "bkle", strides(u)),
                 **named("b", "bklgn", b_strides),
-                skip_k=strides(skip, 2, directions=0)[0],
+                "skip_k": strides(skip, 2, directions=0)[0],
                 **named("i", "sken", strides(initial_state, 4)),
                 **named("gl", "sken", last_strides),
                 **named("du", "bk", per_token[0].strides),
                 **named("dd", "bk", per_token[1].strides),
                 **named("dz", "bk", per_token[2].strides),
-                sequences=sequences,
-                direction_programs=plan.direction_programs,
-                batch=batch,
-                block_programs=block_programs,
-                works=works,
-                work_programs=work_programs,
-                SEGMENTED=plan.segments > 1,
-                ADD_U=per_token[0].in_turn,
-                ADD_DELTA=per_token[1].in_turn,
-                ADD_Z=per_token[2].in_turn,
-                PREFETCH=compiled_for_nvidia(u.device.type),
-                AGAIN=block_programs < group_blocks,
-            )
+                "sequences": sequences,
+                "direction_programs": plan.direction_programs,
+                "batch": batch,
+                "works": works,
+                "work_programs": work_programs,
+                "SEGMENTED": plan.segments > 1,
+                "ADD_U": per_token[0].in_turn,
+                "ADD_DELTA": per_token[1].in_turn,
+                "ADD_Z": per_token[2].in_turn,
+            }
+            if in_shared:
+                sizes = {**_OPTIONS, "num_warps": warps, "WARPS": warps, "UNROLL": _SHARED_TRIP}
+                launch(_shared_kernel(), (programs,), **arguments, **sizes)
+            else:
+                arguments["scratch"] = new(programs, chunk // unroll, tile.channels * tile.NI * tile.NL)
+                arguments["block_programs"], arguments["AGAIN"] = block_programs, block_programs < group_blocks
+                arguments["PREFETCH"] = compiled_for_nvidia(u.device.type)
+                launch(scan_backward_kernel, (programs,), **arguments, **sizes)
     du, ddelta, dz = (x.result() for x in per_token)
     dA = _sum(da, A.shape[0]).transpose(-1, -2).to(A.dtype).contiguous()
     dbc = dbc[0] if block_programs == 1 else dbc.sum(0)
@@ -392,6 +421,36 @@ def scan_backward(
     ddelta_bias = None if delta_bias is None else _sum(dbias, delta_bias.shape[0]).to(delta_bias.dtype)
     dinitial = None if dinitial is None else dinitial.to(initial_state.dtype)
     return du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial
+
+
+def _shared_fits(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None, grad_out: Tensor) -> bool:
+    """Whether the backward runs in `triton_backward_shared`; elsewhere `triton_backward` computes the same, slower.
+
+    For 9 to 16 states, offsets of 32 bits, and NVIDIA's devices whose multiprocessors have the shared memory for as
+    many programs as their registers allow; in the versions of Triton that are known to compile it: Gluon is young.
+    """
+    return (
+        8 < B.shape[-1] <= 16
+        and compiled_for_nvidia(u.device.type)
+        and _shared_memory(u.device.index or 0) >= _SHARED_BYTES
+        and not wide(u, delta, B, C, z, grad_out)
+        and _shared_kernel() is not None
+    )
+
+
+@functools.cache
+def _shared_memory(index: int) -> int:
+    return torch.cuda.get_device_properties(index).shared_memory_per_multiprocessor
+
+
+@functools.cache
+def _shared_kernel():
+    """The backward in shared memory, None without a Triton for it."""
+    if not known_triton():
+        return None
+    from genssm.kernels.selective_scan.triton_backward_shared import scan_backward_shared_kernel
+
+    return scan_backward_shared_kernel
 
 
 class _Summed:
@@ -443,8 +502,8 @@ def _split(
     if segments is None:
         segments = 1
         if cu_seqlens is None and 0 < programs * directions < enough:
-            wanted = -(-_WANTED * processors(device) // (programs * directions))
-            segments = max(1, min(wanted, chunks // _SEGMENT_CHUNKS))
+            fitting = _BACKWARD_RESIDENT * processors(device) // (programs * directions)
+            segments = max(1, min(fitting, chunks // _SEGMENT_CHUNKS))
     if cu_seqlens is not None:
         segments = 1  # packed sequences are the pieces already
     segment_chunks = -(-chunks // segments)
@@ -468,8 +527,30 @@ def _forward_sizes(
     return (_LANES, 2) if enough <= programs < 2 * full else (None, None)
 
 
+def _forward_shares(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None, out: Tensor) -> bool:
+    """Whether the forward runs in `triton_forward_shared`: as `_shared_fits`, with less shared memory."""
+    return (
+        8 < B.shape[-1] <= 16
+        and compiled_for_nvidia(u.device.type)
+        and _shared_memory(u.device.index or 0) >= _FORWARD_SHARED_BYTES
+        and not wide(u, delta, B, C, z, out)
+        and _forward_kernel() is not None
+    )
+
+
+@functools.cache
+def _forward_kernel():
+    """The forward in shared memory, None without a Triton for it."""
+    if not known_triton():
+        return None
+    from genssm.kernels.selective_scan.triton_forward_shared import scan_forward_shared_kernel
+
+    return scan_forward_shared_kernel
+
+
 def _forward_split(
     programs: int,
+    in_shared: bool,
     directions: int,
     summed: bool,
     chunks: int,
@@ -477,20 +558,27 @@ def _forward_split(
     segments: int | None,
     device: torch.device,
 ) -> _Split:
-    """As `_split`; as many segments as make programs that all run at once, because a few more would run alone."""
+    """As `_split`; as many segments as make programs that all run at once, because a few more would run alone.
+
+    In shared memory one more, because the first is scanned in the launch of the local passes and the others in the next
+    one. It is made as short as its pass takes longer than a local one.
+    """
+    resident, enough = (_SHARING_RESIDENT, _SHARING_ENOUGH) if in_shared else (_FORWARD_RESIDENT, _FORWARD_ENOUGH)
     if segments is None:
-        if summed and programs >= _FORWARD_ENOUGH * processors(device):
+        if summed and programs >= enough * processors(device):
             return _Split(1, 1, chunks)
         segments = 1
         programs *= directions
-        if 0 < programs < _FORWARD_ENOUGH * processors(device):
-            fitting = _FORWARD_RESIDENT * processors(device) // programs
+        if 0 < programs < enough * processors(device):
+            fitting = resident * processors(device) // programs + in_shared
             segments = max(1, min(fitting, chunks // _SHORTEST_CHUNKS))
     elif summed and segments == 1:
         return _Split(1, 1, chunks)
     if cu_seqlens is not None:
         segments = 1  # packed sequences are the pieces already
     segment_chunks = -(-chunks // segments)
+    if in_shared and segments > 1:
+        segment_chunks = math.ceil(chunks / (segments - 1 + _SHARING_LOCAL))
     return _Split(directions, -(-chunks // segment_chunks), segment_chunks)
 
 

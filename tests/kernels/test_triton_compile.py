@@ -66,6 +66,8 @@ def compile_for(kernel, arguments: dict, target: tuple):
             if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     options = {name: value for name, value in arguments.items() if name not in signature}
+    if type(kernel).__name__ == "GluonJITFunction":
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget(*target), options=options)
     assert compiled.metadata.shared <= SHARED_LIMIT
@@ -239,6 +241,7 @@ def test_prefetching_compiles(name: str, arch: int, monkeypatch: pytest.MonkeyPa
     from genssm.kernels.selective_scan import triton_scan
 
     monkeypatch.setattr(triton_scan, "compiled_for_nvidia", lambda device: True)
+    monkeypatch.setattr(triton_scan, "_shared_memory", lambda index: SHARED_LIMIT)
     for kernel, arguments in scan_launches(**OPTIONS[name], unroll=1):
         assembly = compile_for(kernel, arguments, ("cuda", arch, 32)).asm["ptx"]
         assert ("prefetch.global.L1" in assembly) == (
@@ -258,6 +261,7 @@ def test_registers_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
     from genssm.kernels.selective_scan import triton_scan
 
     monkeypatch.setattr(triton_scan, "compiled_for_nvidia", lambda device: True)
+    monkeypatch.setattr(triton_scan, "_shared_memory", lambda index: SHARED_LIMIT)
     launches = scan_launches(states=16, channels=1536, length=8)
     launches += conv_launches(4, channels=1536) + conv_launches(4, channels=1536, directions=1)
     monkeypatch.setattr(triton_scan, "_FORWARD_FULL", 10**6)
@@ -270,6 +274,78 @@ def test_registers_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found["REG"] <= registers, (kernel.__name__, found)
         assert found["STACK"] <= stack, (kernel.__name__, found)
     assert {arguments.get("NL") for _, arguments in launches} == {None, 1, 2, 4}
+
+
+SHARED = {
+    "of a model": ({"states": 16, "channels": 1536, "segments": 2}, 90),
+    "directions in turn": ({"states": 16, "directions": 2, "segments": 1}, 90),
+    "packed from states": ({"states": 9, "channels": 40, "packed": True, "initial": True}, 90),
+    "bare": ({"states": 16, "without": "D z delta_bias softplus orders", "dtype": torch.float32}, 90),
+    "lengths": ({"states": 13, "channels": 200, "lengths": True, "dtype": torch.float16}, 100),
+}
+
+
+@pytest.mark.parametrize(("options", "arch"), SHARED.values(), ids=SHARED.keys())
+def test_backward_in_shared_memory(options: dict, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six programs run at once on a multiprocessor; no scratch tiles in memory."""
+    from genssm.kernels.selective_scan import triton_scan
+
+    if triton_scan._shared_kernel() is None:
+        pytest.skip("no kernel for this version of triton")
+    monkeypatch.setattr(triton_scan, "compiled_for_nvidia", lambda device: True)
+    monkeypatch.setattr(triton_scan, "_shared_memory", lambda index: triton_scan._SHARED_BYTES)
+    Caught().of(monkeypatch, triton_scan._forward_kernel())
+    caught = Caught().of(monkeypatch, triton_scan._shared_kernel())
+    others = scan_launches(**options)
+    assert not any("scratch" in arguments for _, arguments in others)
+    [(kernel, arguments)] = caught
+    compiled = compile_for(kernel, arguments, ("cuda", arch, 32))
+    assert 6 * (compiled.metadata.shared + 1024) <= triton_scan._SHARED_BYTES
+    found = resources(compiled)
+    assert found["REG"] <= 168 and found["STACK"] <= 512, found
+
+
+@pytest.mark.parametrize(("options", "arch"), SHARED.values(), ids=SHARED.keys())
+def test_forward_in_shared_memory(options: dict, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four programs run at once on a multiprocessor; few spills, none to speak of inside the loop."""
+    from genssm.kernels.selective_scan import triton_scan
+
+    if triton_scan._forward_kernel() is None:
+        pytest.skip("no kernel for this version of triton")
+    monkeypatch.setattr(triton_scan, "compiled_for_nvidia", lambda device: True)
+    monkeypatch.setattr(triton_scan, "_shared_memory", lambda index: triton_scan._FORWARD_SHARED_BYTES)
+    caught = Caught().of(monkeypatch, triton_scan._forward_kernel())
+    others = scan_launches(**options)
+    assert "scan_forward_kernel" not in {kernel.__name__ for kernel, _ in others}
+    assert [arguments["OUTPUT"] for _, arguments in caught] == [False] * (options.get("segments") == 2) + [True]
+    for kernel, arguments in caught:
+        compiled = compile_for(kernel, arguments, ("cuda", arch, 32))
+        assert 4 * (compiled.metadata.shared + 1024) <= triton_scan._FORWARD_SHARED_BYTES
+        found = resources(compiled)
+        assert found["REG"] <= 128 and found["STACK"] <= 256, found
+
+
+@pytest.mark.parametrize("states", [8, 16, 17])
+@pytest.mark.parametrize("kilobytes", [64, 100, 164, 228])  # of a multiprocessor
+@pytest.mark.parametrize("known", [True, False])
+def test_where_passes_are_in_shared_memory(
+    states: int, kilobytes: int, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genssm.kernels.selective_scan import triton_scan
+
+    monkeypatch.setattr(triton_scan, "compiled_for_nvidia", lambda device: True)
+    monkeypatch.setattr(triton_scan, "_shared_memory", lambda index: kilobytes * 1024)
+    monkeypatch.setattr(triton_scan, "known_triton", lambda: known)
+    triton_scan._forward_kernel.cache_clear()
+    triton_scan._shared_kernel.cache_clear()
+    token = torch.zeros(1, 1, 4, 32)
+    maps = torch.zeros(1, 1, 4, 1, states)
+    forward = triton_scan._forward_shares(token, token, maps, maps, None, token)
+    backward = triton_scan._shared_fits(token, token, maps, maps, None, token)
+    triton_scan._forward_kernel.cache_clear()
+    triton_scan._shared_kernel.cache_clear()
+    assert forward == (known and states == 16 and kilobytes >= 164)
+    assert backward == (known and states == 16 and kilobytes == 228)
 
 
 @pytest.mark.parametrize("target", [TARGETS[i] for i in (0, 3, 4, 5, 7)], ids=lambda target: str(target[1]))

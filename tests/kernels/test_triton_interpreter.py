@@ -18,6 +18,8 @@ import numpy
 import pytest
 import torch
 
+from genssm.kernels.triton_launch import known_triton
+from tests.kernels import gluon_on_cpu
 from tests.kernels.problems import Case, check_parity, conv_problem, scan_problem, ssd_problem
 
 EVERYTHING = "u delta A B C D z delta_bias"
@@ -50,6 +52,31 @@ CASES: dict[str, dict[str, Case]] = {
         "long trips": Case(batch=1, length=37, channels=4, states=2, order="random", lengths=(35,)),
         "blocks in turn": Case(batch=1, length=3, channels=70, states=2),
         "long offsets": Case(batch=1, length=5, directions=2, order="random", initial=True),
+    },
+    "scan in shared memory": {
+        "bare": Case(batch=1, length=5, channels=32, states=9, without="D z delta_bias", softplus=False),
+        "all": Case(batch=1, length=70, channels=40, states=16, order="random", initial=True),
+        "all their own": Case(
+            batch=1, length=6, channels=8, states=16, directions=2, order="random", own=EVERYTHING, reduce="none"
+        ),
+        "groups": Case(batch=1, length=4, channels=96, groups=2, states=13, directions=2, own="B C", order="both"),
+        "lengths": Case(
+            batch=3, length=6, channels=8, states=16, directions=2, order="random", lengths=(4, 6, 0), initial=True
+        ),
+        "packed": Case(
+            batch=1,
+            length=38,
+            channels=8,
+            states=16,
+            cu_seqlens=(0, 2, 2, 34, 38),
+            directions=2,
+            order="both",
+            initial=True,
+            own="A",
+        ),
+        "segments": Case(batch=1, length=134, channels=8, states=16, directions=2, order="random", initial=True),
+        "in turn": Case(batch=1, length=6, channels=8, states=16, directions=3, order="random", initial=True),
+        "blocks": Case(batch=1, length=3, channels=140, states=16),
     },
     "ssd options": {
         "bare, one token": Case(batch=1, length=1, channels=6, without="D z dt_bias", softplus=False),
@@ -114,6 +141,8 @@ def cannot_interpret() -> str | None:
 @pytest.mark.skipif(cannot_interpret() is not None, reason=str(cannot_interpret()))
 @pytest.mark.parametrize("group", CASES)
 def test_parity_in_the_interpreter(group: str) -> None:
+    if group == "scan in shared memory" and not known_triton():
+        pytest.skip("this version of triton has another Gluon")
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     environment.pop("GENSSM_BACKEND", None)
@@ -133,11 +162,15 @@ def _force(name: str, patch: pytest.MonkeyPatch) -> None:
 
     if name == "segments":
         patch.setattr(triton_scan, "_FORWARD_ENOUGH", 10**6)
+        patch.setattr(triton_scan, "_FORWARD_RESIDENT", 10**6)
+        patch.setattr(triton_scan, "_SHARING_ENOUGH", 10**6)
+        patch.setattr(triton_scan, "_SHARING_RESIDENT", 10**6)
         patch.setattr(triton_scan, "_BACKWARD_ENOUGH", 10**6)
         patch.setattr(triton_scan, "_SEGMENT_CHUNKS", 1)
         patch.setattr(triton_scan, "_SHORTEST_CHUNKS", 1)
     if name == "in turn":
         patch.setattr(triton_scan, "_FORWARD_ENOUGH", 0)
+        patch.setattr(triton_scan, "_SHARING_ENOUGH", 0)
         patch.setattr(triton_scan, "_BACKWARD_ENOUGH", 0)
     if name == "long trips":
         patch.setattr(triton_scan, "scan_forward", functools.partial(triton_scan.scan_forward, unroll=8))
@@ -164,6 +197,8 @@ def _outcome(name: str, case: Case, group: str) -> str:
     try:
         with pytest.MonkeyPatch.context() as patch:
             _force(name, patch)
+            if group == "scan in shared memory":
+                gluon_on_cpu.use_for_the_scan(patch)
             check_parity(op, make, case, "triton", "cpu")
             if small:  # float16 rounds as it should there; bfloat16 does not
                 check_parity(op, make, dataclasses.replace(case, **small), "triton", "cpu", torch.float16)
