@@ -169,11 +169,18 @@ class ForwardGraphs:
 Kept = tuple[tuple, ForwardGraphs] | None  # with what they were recorded for
 
 
-def graphs_for(model: nn.Module, shape: Sequence[int], condition: Mapping[str, torch.Tensor], kept: Kept) -> Kept:
+def graphs_for(
+    model: nn.Module,
+    call: Callable[..., Any],
+    shape: Sequence[int],
+    condition: Mapping[str, torch.Tensor],
+    kept: Kept,
+) -> Kept:
     """The graphs of an earlier call if this one is of their kind, else new ones; None if nothing may be recorded.
 
     Args:
         model: what is evaluated.
+        call: evaluates it: the model, or a function of tensors around it.
         shape: of the samples.
         condition: further arguments.
         kept: of the earlier call.
@@ -183,7 +190,7 @@ def graphs_for(model: nn.Module, shape: Sequence[int], condition: Mapping[str, t
     inputs = tuple((name, x.shape, x.dtype) for name, x in condition.items())
     state = (model.training, model.dtype, torch.is_inference_mode_enabled(), places(model))
     key = (model, tuple(shape), inputs, state)
-    return kept if kept is not None and kept[0] == key else (key, ForwardGraphs(model))
+    return kept if kept is not None and kept[0] == key else (key, ForwardGraphs(call))
 
 
 class TrainingGraph(_Recorded):
