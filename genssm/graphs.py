@@ -145,17 +145,21 @@ class ForwardGraphs:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the call."""
+        return self.instead_of(self.call, *args, **kwargs)
+
+    def instead_of(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """As the call; where nothing is replayed, ``call`` computes the same."""
         leaves, spec = tree_flatten((args, kwargs))
         kind = _kind(leaves, spec)
         self.seen[kind] += 1
         if kind is None or self.seen[kind] <= EAGER:
-            return self.call(*args, **kwargs)
+            return call(*args, **kwargs)
         if kind not in self.graphs:
             if len(self.graphs) == KEPT:
                 self.graphs.clear()
             self.graphs[kind] = self._record(leaves, spec)
         graph = self.graphs[kind]
-        return self.call(*args, **kwargs) if graph is None else graph(leaves)
+        return call(*args, **kwargs) if graph is None else graph(leaves)
 
     def _record(self, leaves: Sequence[Any], spec: TreeSpec) -> ForwardGraph | None:
         try:

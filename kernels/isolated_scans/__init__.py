@@ -75,7 +75,7 @@ def isolated_scans(
 def _check(x, z, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D) -> None:
     if x.ndim != 3 or A_log.ndim != 3 or dt_proj.ndim != 3:
         raise ValueError(
-            f"{_NAME}: x is {arguments.shape(x)}, dt_proj {arguments.shape(dt_proj)} and A_log {arguments.shape(A_log)}; "
+            f"{_NAME}: x is {arguments.shape(x)}, dt_proj {arguments.shape(dt_proj)}, A_log {arguments.shape(A_log)}; "
             "expected (Bt, L, E), (K, E, R) and (K, E, N)"
         )
     (directions, channels, states), rank = A_log.shape, dt_proj.shape[-1]

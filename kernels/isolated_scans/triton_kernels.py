@@ -4,8 +4,8 @@ project  a program makes a stretch of one direction's convolved inputs, step siz
 walk     a program scans all directions of a few channels at once, each in SEGS pieces of time
 
 The walk's tensors are (P, NL * EL): a warp has one of the P = directions x SEGS pieces, its lanes EL channels times NL
-groups of states, and a lane holds NI states, one tensor each. Everything is loaded by the lanes that need it, so that no
-value changes its lane inside the loops but for the sum over the NL groups.
+groups of states, and a lane holds NI states, one tensor each. Everything is loaded by the lanes that need it, so that
+no value changes its lane inside the loops but for the sum over the NL groups.
 """
 
 # ruff: noqa: RUF005 - Triton's compiler knows no starred tuples
@@ -178,8 +178,18 @@ def walk_kernel(
         total = tl.zeros([P, LANES], tl.float32)
         for t in range(0, span, UNROLL):
             us, ds, bs, cs = _trip(
-                inputs_at + t * CHANNELS, steps_at + t * CHANNELS, maps_at + t * (2 * STATES), live, ends - t, e_mask,
-                n_masks, CHANNELS, STATES, NI, UNROLL, False,
+                inputs_at + t * CHANNELS,
+                steps_at + t * CHANNELS,
+                maps_at + t * (2 * STATES),
+                live,
+                ends - t,
+                e_mask,
+                n_masks,
+                CHANNELS,
+                STATES,
+                NI,
+                UNROLL,
+                False,
             )
             for j in tl.static_range(UNROLL):
                 h = _advance(h, a2, us[j], ds[j], bs, j, NI)
@@ -189,9 +199,7 @@ def walk_kernel(
         for i in tl.static_range(NI):
             tl.store(_spread(kept + (piece + (i + 1) * P) * LANES, zero), h[i])
         tl.debug_barrier()
-        h = ()
-        for i in tl.static_range(NI):
-            h = h + (tl.zeros([P, LANES], tl.float32),)
+        h = (tl.zeros([P, LANES], tl.float32),) * NI
         for j in tl.static_range(SEGS - 1):
             other = k * SEGS + j
             decay = tl.load(_spread(kept + other * LANES, zero))
@@ -203,8 +211,18 @@ def walk_kernel(
 
     for t in range(0, span, UNROLL):
         us, ds, bs, cs = _trip(
-            inputs_at + t * CHANNELS, steps_at + t * CHANNELS, maps_at + t * (2 * STATES), live, ends - t, e_mask,
-            n_masks, CHANNELS, STATES, NI, UNROLL, True,
+            inputs_at + t * CHANNELS,
+            steps_at + t * CHANNELS,
+            maps_at + t * (2 * STATES),
+            live,
+            ends - t,
+            e_mask,
+            n_masks,
+            CHANNELS,
+            STATES,
+            NI,
+            UNROLL,
+            True,
         )
         for j in tl.static_range(UNROLL):
             h = _advance(h, a2, us[j], ds[j], bs, j, NI)
@@ -222,6 +240,4 @@ def walk_kernel(
             tl.store(place, y, mask=seen & e_mask & (lane < EL))
     tl.debug_barrier()
 
-    _sum_directions(
-        partial, z, out, b, block, z_b, z_l, z_e, length, directions, CHANNELS, P // SEGS, EL, ROWS
-    )
+    _sum_directions(partial, z, out, b, block, z_b, z_l, z_e, length, directions, CHANNELS, P // SEGS, EL, ROWS)

@@ -79,8 +79,9 @@ def scans_triton(
             walk_kernel, (batch * blocks,),
             inputs=inputs, steps=steps, maps=maps, a_log=A_log, skip=D, z=z, orders=orders, partial=partial,
             carry=carry, out=out, z_b=z_strides[0], z_l=z_strides[1], z_e=z_strides[2], length=length,
-            directions=directions, span=triton.cdiv(length, segments), zero=0, CHANNELS=channels, STATES=states, P=pieces,
-            SEGS=segments, NI=lane_states, NL=groups, EL=channels_each, UNROLL=unroll, ROWS=pieces * _LANES // 4,
+            directions=directions, span=triton.cdiv(length, segments), zero=0, CHANNELS=channels, STATES=states,
+            P=pieces, SEGS=segments, NI=lane_states, NL=groups, EL=channels_each, UNROLL=unroll,
+            ROWS=pieces * _LANES // 4,
             num_warps=pieces,
         )  # fmt: skip
     return out

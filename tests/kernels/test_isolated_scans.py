@@ -50,11 +50,8 @@ def problem(sizes: tuple, dtype: torch.dtype = torch.float64) -> dict[str, torch
 
 def half(given: dict, dtype: torch.dtype, device: str = "cpu") -> dict:
     """The same with the products in ``dtype`` and the parameters of the scans in float32."""
-    kept = ("dt_bias", "A_log", "D")
-    return {
-        key: x if x is None else x.to(device) if key == "orders" else x.to(device, torch.float32 if key in kept else dtype)
-        for key, x in given.items()
-    }
+    types = dict.fromkeys(given, dtype) | dict.fromkeys(("dt_bias", "A_log", "D"), torch.float32) | {"orders": None}
+    return {key: None if x is None else x.to(device, types[key]) for key, x in given.items()}
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)

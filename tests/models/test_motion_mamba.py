@@ -200,9 +200,7 @@ def test_k_scans_are_one_call_of_each_operator(monkeypatch: pytest.MonkeyPatch) 
     calls = []
     for name in ("causal_conv1d", "selective_scan"):
         function = getattr(reference, name)
-        monkeypatch.setattr(
-            reference, name, lambda *a, name=name, f=function, **k: calls.append(name) or f(*a, **k)
-        )
+        monkeypatch.setattr(reference, name, lambda *a, name=name, f=function, **k: calls.append(name) or f(*a, **k))
     make(scan_plan=[9, 1]).input_blocks[0].htm(torch.randn(1, 4, 16))
     assert calls == ["causal_conv1d", "selective_scan"]
 
