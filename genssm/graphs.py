@@ -51,28 +51,37 @@ def record(device: torch.device, warm_up: Callable[[], None], *calls: Callable[[
 
 def weights_move(model: nn.Module) -> bool:
     """Whether hooks move or cast weights, or autocast copies them: a graph would not find them."""
-    for module in model.modules():
-        registry = getattr(module, "_diffusers_hook", None)  # pipelines give some models an empty one
-        if hasattr(module, "_hf_hook") or (registry is not None and registry.hooks):
-            return True
-    return torch.is_autocast_enabled(KIND)
+    return torch.is_autocast_enabled(KIND) or any(_moves(vars(module)) for module in model.modules())
+
+
+def _moves(attributes: Mapping[str, Any]) -> bool:
+    """Whether a hook acts on a module with these attributes."""
+    registry = attributes.get("_diffusers_hook")  # pipelines give some models an empty one
+    return "_hf_hook" in attributes or (registry is not None and bool(registry.hooks))
 
 
 def evaluates_alike(model: nn.Module) -> bool:
     """Whether each evaluation of a model is the same operations: no hooks, adapters or compiled parts act in it."""
-    return not weights_move(model) and not any(
+    return not torch.is_autocast_enabled(KIND) and not any(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._compiled_call_impl is not None
         or "_orig_mod" in module._modules  # torch.compile(module)
-        or getattr(module, "_hf_peft_config_loaded", False)
+        or _moves(attributes := vars(module))
+        or attributes.get("_hf_peft_config_loaded", False)
         for module in model.modules()
     )
 
 
 def places(model: nn.Module) -> tuple[int, ...]:
     """Where the weights and buffers of a model lie."""
-    return tuple(x.data_ptr() for xs in (model.parameters(), model.buffers()) for x in xs)
+    return tuple(
+        x.data_ptr()
+        for module in model.modules()
+        for held in (module._parameters, module._buffers)
+        for x in held.values()
+        if x is not None
+    )
 
 
 def _kind(leaves: Sequence[Any], spec: TreeSpec) -> tuple | None:

@@ -20,7 +20,7 @@ from genssm.kernels.selective_scan.triton_tiles import LOG2E, below, sigmoid, so
 def project_kernel(
     x, orders, weight, bias, x_proj, dt_proj, dt_bias, inputs, steps, maps, x_b, x_l, x_e, length, directions, tiles,
     CHANNELS: tl.constexpr, STATES: tl.constexpr, RANK: tl.constexpr, W: tl.constexpr, RANKS: tl.constexpr,
-    MAPS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr,
+    MAPS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """c = silu(conv(x)), [r, B, C] = W_x c and softplus(W_dt r + bias) of BLOCK_L steps, written step by step."""
     tile = tl.program_id(0) % tiles
@@ -29,11 +29,10 @@ def project_kernel(
     step = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     here = step < length
     at = ((b * directions + k) * length + step).to(tl.int64)
-    x += b.to(tl.int64) * x_b
-    rank, column = tl.arange(0, RANKS), tl.arange(0, MAPS)
-    x_proj += k * (RANK + 2 * STATES) * CHANNELS
-    r = tl.zeros([BLOCK_L, RANKS], tl.float32)
-    bc = tl.zeros([BLOCK_L, MAPS], tl.float32)
+    shift = b.to(tl.int64) * x_b
+    if ALIGNED:  # rows may be read in wide accesses
+        shift = tl.multiple_of(shift, 8)
+    x += shift
     for first in range(0, CHANNELS, BLOCK_E):
         e = first + tl.arange(0, BLOCK_E)
         e_mask = e < CHANNELS
@@ -50,8 +49,19 @@ def project_kernel(
             value = tl.load(place, mask=live[:, None] & e_mask[None, :], other=0.0).to(tl.float32)
             tap = tl.load(weight + (k * CHANNELS + e) * W + w, mask=e_mask, other=0.0).to(tl.float32)
             y += value * tap[None, :]
-        c = (y * sigmoid(y)).to(inputs.dtype.element_ty)
-        tl.store(inputs + at[:, None] * CHANNELS + e[None, :], c, mask=here[:, None] & e_mask[None, :])
+        place = inputs + at[:, None] * CHANNELS + e[None, :]
+        tl.store(place, (y * sigmoid(y)).to(inputs.dtype.element_ty), mask=here[:, None] & e_mask[None, :])
+    tl.debug_barrier()  # read again, or the compiler has each warp make all that its product takes
+
+    rank, column = tl.arange(0, RANKS), tl.arange(0, MAPS)
+    x_proj += k * (RANK + 2 * STATES) * CHANNELS
+    r = tl.zeros([BLOCK_L, RANKS], tl.float32)
+    bc = tl.zeros([BLOCK_L, MAPS], tl.float32)
+    for first in range(0, CHANNELS, BLOCK_E):
+        e = first + tl.arange(0, BLOCK_E)
+        e_mask = e < CHANNELS
+        c = inputs + at[:, None] * CHANNELS + e[None, :]
+        c = tl.load(c, mask=here[:, None] & e_mask[None, :], other=0.0)
         to_rank = x_proj + rank[None, :] * CHANNELS + e[:, None]
         to_rank = tl.load(to_rank, mask=(rank < RANK)[None, :] & e_mask[:, None], other=0.0)
         to_maps = x_proj + (RANK + column)[None, :] * CHANNELS + e[:, None]

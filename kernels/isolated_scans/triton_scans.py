@@ -17,7 +17,8 @@ _LANES = 32
 _SHORT = 16  # steps up to which time is not split
 _UNROLL = 4
 _STRETCH = 16  # steps of a projecting program
-_BLOCK_E = 64
+_BLOCK_E = 128
+_PROJECT_WARPS = 8
 
 
 def scans_triton(
@@ -36,7 +37,7 @@ def scans_triton(
     pieces: int = PIECES,
     unroll: int = _UNROLL,
     block_e: int = _BLOCK_E,
-    project_warps: int = 4,
+    project_warps: int = _PROJECT_WARPS,
 ) -> Tensor:
     """Arguments and result as of `isolated_scans`; ``x``, ``z`` (Bt, L, E), ``orders`` (K, L) int32 or None.
 
@@ -72,7 +73,7 @@ def scans_triton(
             inputs=inputs, steps=steps, maps=maps, x_b=x.stride(0), x_l=x.stride(1), x_e=x.stride(2),
             length=length, directions=directions, tiles=tiles, CHANNELS=channels, STATES=states, RANK=rank,
             W=conv_weight.shape[-1], RANKS=max(16, triton.next_power_of_2(rank)),
-            MAPS=max(16, triton.next_power_of_2(2 * states)), BLOCK_L=_STRETCH,
+            MAPS=max(16, triton.next_power_of_2(2 * states)), ALIGNED=x.stride(0) % 8 == 0, BLOCK_L=_STRETCH,
             BLOCK_E=max(16, min(block_e, triton.next_power_of_2(channels))), num_warps=project_warps, num_stages=1,
         )  # fmt: skip
         launch(
