@@ -3,9 +3,12 @@
 project  a program makes a stretch of one direction's convolved inputs, step sizes and maps
 walk     a program scans all directions of a few channels at once, each in SEGS pieces of time
 
+Between them lie, step by step and up to a whole number of pieces: inputs, (Bt, K, padded, E); step sizes, zero after the
+last step; and maps, (Bt, K, padded, ROW) float32: B and C in turn, two states of each, then r.
+
 The walk's tensors are (P, NL * EL): a warp has one of the P = directions x SEGS pieces, its lanes EL channels times NL
-groups of states, and a lane holds NI states, one tensor each. Everything is loaded by the lanes that need it, so that
-no value changes its lane inside the loops but for the sum over the NL groups.
+groups of states, and a lane holds pairs of states, one tensor for each state. Everything is loaded by the lanes that
+need it, so that no value changes its lane inside the loops but for the sum over the NL groups.
 """
 
 # ruff: noqa: RUF005 - Triton's compiler knows no starred tuples
@@ -13,73 +16,89 @@ no value changes its lane inside the loops but for the sum over the NL groups.
 import triton
 import triton.language as tl
 
-from genssm.kernels.selective_scan.triton_tiles import LOG2E, below, sigmoid, softplus
+from genssm.kernels.selective_scan.triton_tiles import LOG2E, sigmoid, softplus
 
 
-@triton.jit(do_not_specialize=["x_b", "length", "directions", "tiles"])
+@triton.jit(do_not_specialize=["x_b", "length", "padded", "directions", "tiles"])
 def project_kernel(
-    x, orders, weight, bias, x_proj, dt_proj, dt_bias, inputs, steps, maps, x_b, x_l, x_e, length, directions, tiles,
-    CHANNELS: tl.constexpr, STATES: tl.constexpr, RANK: tl.constexpr, W: tl.constexpr, RANKS: tl.constexpr,
-    MAPS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr,
+    x, orders, weight, bias, x_proj, dt_proj, dt_bias, inputs, steps, maps, x_b, x_l, x_e, length, padded, directions,
+    tiles, CHANNELS: tl.constexpr, STATES: tl.constexpr, RANK: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr,
+    MAPS: tl.constexpr, RANKS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr,
+    CHUNKS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """c = silu(conv(x)), [r, B, C] = W_x c and softplus(W_dt r + bias) of BLOCK_L steps, written step by step."""
+    """c = silu(conv(x)), [r, B, C] = W_x c and softplus(W_dt r + bias) of BLOCK_L steps, written step by step.
+
+    Programs have few rows each, so products are sums over lanes: a warp makes one of GROUP numbers of W_x c at a time,
+    its lanes share out the channels, CHUNKS times BLOCK_E. All weights are on their way before anything waits.
+    """
     tile = tl.program_id(0) % tiles
     k = (tl.program_id(0) // tiles) % directions
     b = tl.program_id(0) // tiles // directions
+    at = ((b * directions + k) * padded + tile * BLOCK_L).to(tl.int64)
+    group = tl.arange(0, GROUP)[:, None]
+    lane_e = tl.arange(0, BLOCK_E)[None, :]
+    x_proj += k * (RANK + 2 * STATES) * CHANNELS
+    ws = ()
+    for j in tl.static_range(ROW // GROUP):
+        column = j * GROUP + group
+        n = column // 4 * 2 + column % 2
+        mapped = column < MAPS
+        row = tl.where(mapped, RANK + column % 4 // 2 * STATES + n, column - MAPS)
+        used = tl.where(mapped, n < STATES, column < MAPS + RANK)
+        for i in tl.static_range(CHUNKS):
+            e = i * BLOCK_E + lane_e
+            ws = ws + (tl.load(x_proj + row * CHANNELS + e, mask=used & (e < CHANNELS), other=0.0),)
+    e = tl.arange(0, BLOCK_E * CHUNKS)
+    e_mask = e < CHANNELS
+    rank = tl.arange(0, RANKS)
+    to_step = dt_proj + (k * CHANNELS + e)[:, None] * RANK + rank[None, :]
+    to_step = tl.load(to_step, mask=e_mask[:, None] & (rank < RANK)[None, :], other=0.0).to(tl.float32)
+    step_bias = tl.load(dt_bias + k * CHANNELS + e, mask=e_mask, other=0.0).to(tl.float32)
+
     step = tile * BLOCK_L + tl.arange(0, BLOCK_L)
-    here = step < length
-    at = ((b * directions + k) * length + step).to(tl.int64)
     shift = b.to(tl.int64) * x_b
     if ALIGNED:  # rows may be read in wide accesses
         shift = tl.multiple_of(shift, 8)
     x += shift
-    for first in range(0, CHANNELS, BLOCK_E):
-        e = first + tl.arange(0, BLOCK_E)
-        e_mask = e < CHANNELS
-        y = tl.zeros([BLOCK_L, BLOCK_E], tl.float32)
-        if bias is not None:
-            y += tl.load(bias + k * CHANNELS + e, mask=e_mask, other=0.0).to(tl.float32)[None, :]
-        for w in tl.static_range(W):
-            before = step - (W - 1) + w
-            live = (before >= 0) & here
-            row = before
-            if orders is not None:
-                row = tl.load(orders + k * length + before, mask=live, other=0)
-            place = x + row.to(tl.int64)[:, None] * x_l + e[None, :] * x_e
-            value = tl.load(place, mask=live[:, None] & e_mask[None, :], other=0.0).to(tl.float32)
-            tap = tl.load(weight + (k * CHANNELS + e) * W + w, mask=e_mask, other=0.0).to(tl.float32)
-            y += value * tap[None, :]
-        place = inputs + at[:, None] * CHANNELS + e[None, :]
-        tl.store(place, (y * sigmoid(y)).to(inputs.dtype.element_ty), mask=here[:, None] & e_mask[None, :])
-    tl.debug_barrier()  # read again, or the compiler has each warp make all that its product takes
+    y = tl.zeros([BLOCK_L, BLOCK_E * CHUNKS], tl.float32)
+    if bias is not None:
+        y += tl.load(bias + k * CHANNELS + e, mask=e_mask, other=0.0).to(tl.float32)[None, :]
+    for w in tl.static_range(W):
+        before = step - (W - 1) + w
+        live = (before >= 0) & (step < length)
+        row = before
+        if orders is not None:
+            row = tl.load(orders + k * length + before, mask=live, other=0)
+        place = x + row.to(tl.int64)[:, None] * x_l + e[None, :] * x_e
+        value = tl.load(place, mask=live[:, None] & e_mask[None, :], other=0.0).to(tl.float32)
+        tap = tl.load(weight + (k * CHANNELS + e) * W + w, mask=e_mask, other=0.0).to(tl.float32)
+        y += value * tap[None, :]
+    place = inputs + (at + tl.arange(0, BLOCK_L))[:, None] * CHANNELS + e[None, :]
+    tl.store(place, (y * sigmoid(y)).to(inputs.dtype.element_ty), mask=e_mask[None, :])
+    tl.debug_barrier()  # read again, each row by every warp
 
-    rank, column = tl.arange(0, RANKS), tl.arange(0, MAPS)
-    x_proj += k * (RANK + 2 * STATES) * CHANNELS
-    r = tl.zeros([BLOCK_L, RANKS], tl.float32)
-    bc = tl.zeros([BLOCK_L, MAPS], tl.float32)
-    for first in range(0, CHANNELS, BLOCK_E):
-        e = first + tl.arange(0, BLOCK_E)
-        e_mask = e < CHANNELS
-        c = inputs + at[:, None] * CHANNELS + e[None, :]
-        c = tl.load(c, mask=here[:, None] & e_mask[None, :], other=0.0)
-        to_rank = x_proj + rank[None, :] * CHANNELS + e[:, None]
-        to_rank = tl.load(to_rank, mask=(rank < RANK)[None, :] & e_mask[:, None], other=0.0)
-        to_maps = x_proj + (RANK + column)[None, :] * CHANNELS + e[:, None]
-        to_maps = tl.load(to_maps, mask=(column < 2 * STATES)[None, :] & e_mask[:, None], other=0.0)
-        r = tl.dot(c, to_rank, r, input_precision="ieee")
-        bc = tl.dot(c, to_maps, bc, input_precision="ieee")
-    kept = here[:, None] & (column < 2 * STATES)[None, :]
-    tl.store(maps + at[:, None] * (2 * STATES) + column[None, :], bc.to(maps.dtype.element_ty), mask=kept)
-    r = r.to(inputs.dtype.element_ty)
-    for first in range(0, CHANNELS, BLOCK_E):
-        e = first + tl.arange(0, BLOCK_E)
-        e_mask = e < CHANNELS
-        to_step = dt_proj + (k * CHANNELS + e)[None, :] * RANK + rank[:, None]
-        to_step = tl.load(to_step, mask=(rank < RANK)[:, None] & e_mask[None, :], other=0.0)
-        delta = tl.dot(r, to_step, input_precision="ieee").to(inputs.dtype.element_ty).to(tl.float32)
-        delta += tl.load(dt_bias + k * CHANNELS + e, mask=e_mask, other=0.0).to(tl.float32)[None, :]
-        place = steps + at[:, None] * CHANNELS + e[None, :]
-        tl.store(place, softplus(delta), mask=here[:, None] & e_mask[None, :])
+    cs = ()
+    for t in tl.static_range(BLOCK_L):
+        for i in tl.static_range(CHUNKS):
+            e_row = i * BLOCK_E + lane_e
+            place = inputs + (at + t) * CHANNELS + e_row + group * 0
+            cs = cs + (tl.load(place, mask=e_row < CHANNELS, other=0.0),)
+    for t in tl.static_range(BLOCK_L):
+        for j in tl.static_range(ROW // GROUP):
+            total = tl.zeros([GROUP, BLOCK_E], tl.float32)
+            for i in tl.static_range(CHUNKS):
+                total += ws[j * CHUNKS + i].to(tl.float32) * cs[t * CHUNKS + i].to(tl.float32)
+            total = tl.sum(total, 1).to(inputs.dtype.element_ty).to(tl.float32)
+            tl.store(maps + (at + t) * ROW + j * GROUP + tl.arange(0, GROUP), total)
+    tl.debug_barrier()
+
+    rs = ()
+    for t in tl.static_range(BLOCK_L):
+        rs = rs + (tl.load(maps + (at + t) * ROW + MAPS + rank, mask=rank < RANK, other=0.0),)
+    for t in tl.static_range(BLOCK_L):
+        delta = tl.sum(to_step * rs[t][None, :], 1).to(inputs.dtype.element_ty).to(tl.float32)
+        size = tl.where(tile * BLOCK_L + t < length, softplus(delta + step_bias), 0.0)
+        tl.store(steps + (at + t) * CHANNELS + e, size, mask=e_mask)
 
 
 @triton.jit
@@ -93,22 +112,23 @@ def _spread(pointers, zero):
 
 
 @triton.jit
-def _trip(inputs_at, steps_at, maps_at, live, left, e_mask, n_masks, CHANNELS: tl.constexpr, STATES: tl.constexpr,
-          NI: tl.constexpr, UNROLL: tl.constexpr, OUTPUT: tl.constexpr):  # fmt: skip
-    """What UNROLL steps read, (P, lanes) each: inputs, step sizes, NI of B and NI of C; a dead step has size 0."""
+def _trip(inputs_at, steps_at, maps_at, CHANNELS: tl.constexpr, ROW: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr,
+          UNROLL: tl.constexpr):  # fmt: skip
+    """What UNROLL steps read, (P, lanes) each: inputs, step sizes, NI of B and NI of C."""
     us = ()
     ds = ()
     bs = ()
     cs = ()
     for j in tl.static_range(UNROLL):
-        seen = live & (j < left)
-        us = us + (tl.load(inputs_at + j * CHANNELS, mask=seen & e_mask, other=0.0).to(tl.float32),)
-        ds = ds + (tl.load(steps_at + j * CHANNELS, mask=seen & e_mask, other=0.0),)
-        for i in tl.static_range(NI):
-            mask = seen & n_masks[i]
-            bs = bs + (tl.load(maps_at + (j * 2 * STATES + i), mask=mask, other=0.0).to(tl.float32),)
-            if OUTPUT:
-                cs = cs + (tl.load(maps_at + (j * 2 * STATES + STATES + i), mask=mask, other=0.0).to(tl.float32),)
+        us = us + (tl.load(inputs_at + j * CHANNELS).to(tl.float32),)
+        ds = ds + (tl.load(steps_at + j * CHANNELS),)
+        for i in tl.static_range(NI // 2):
+            four = tl.load(maps_at + (j * ROW + i * NL * 4))  # (P, lanes, 4)
+            even, odd = tl.split(tl.reshape(four, [four.shape[0], four.shape[1], 2, 2]))
+            b_even, c_even = tl.split(even)
+            b_odd, c_odd = tl.split(odd)
+            bs = bs + (b_even, b_odd)
+            cs = cs + (c_even, c_odd)
     return us, ds, bs, cs
 
 
@@ -142,16 +162,17 @@ def _sum_directions(
         tl.store(out + ((b * length + row) * CHANNELS + e), y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["z_b", "length", "directions", "span", "zero"])
+@triton.jit(do_not_specialize=["z_b", "length", "padded", "directions", "span", "zero"])
 def walk_kernel(
-    inputs, steps, maps, a_log, skip, z, orders, partial, carry, out, z_b, z_l, z_e, length, directions, span, zero,
-    CHANNELS: tl.constexpr, STATES: tl.constexpr, P: tl.constexpr, SEGS: tl.constexpr, NI: tl.constexpr,
-    NL: tl.constexpr, EL: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr,
+    inputs, steps, maps, a_log, skip, z, orders, partial, carry, out, z_b, z_l, z_e, length, padded, directions, span,
+    zero, CHANNELS: tl.constexpr, STATES: tl.constexpr, ROW: tl.constexpr, P: tl.constexpr, SEGS: tl.constexpr,
+    NI: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """h_t = exp(delta_t A) h_{t-1} + delta_t c_t B_t, y_t = C_t h_t + D c_t, summed over directions and gated.
 
     Each piece of time is walked from zero, which gives what it adds to the state; from these the state before it is
-    made, and it is walked again. ``partial`` takes each direction's y, ``carry`` what pieces add.
+    made, and it is walked again. ``partial`` takes each direction's y, ``carry`` what pieces add. Warps without a
+    direction, and lanes without a channel, do what the last one does and store nothing.
     """
     BLOCKS: tl.constexpr = (CHANNELS + EL - 1) // EL
     LANES: tl.constexpr = NL * EL
@@ -159,81 +180,65 @@ def walk_kernel(
     b = tl.program_id(0) // BLOCKS
     lane = tl.arange(0, LANES)[None, :]
     piece = tl.arange(0, P)[:, None]
-    k = piece // SEGS
+    k = tl.minimum(piece // SEGS, directions - 1)
     segment = piece % SEGS
     start = segment * span
-    e = block * EL + lane % EL
-    e_mask = below(e, CHANNELS, CHANNELS % EL == 0)
-    n = (lane // EL) * NI
-    live = (k < directions) & (start < length)
-    ends = tl.minimum(span, length - start)  # steps of a piece
-    direction = (b * directions + k) * length  # first step of a direction, and its first row
-    at = direction + start
+    e = tl.minimum(block * EL + lane % EL, CHANNELS - 1)
+    left = length - start
+    kept = (piece // SEGS < directions) & (block * EL + lane < CHANNELS) & (lane < EL)
+    to = partial + ((b * directions + k) * length * CHANNELS + e)
+    if orders is not None:
+        orders += k * length + start
+    at = (b * directions + k) * padded + start
     inputs_at = _spread(inputs + (at * CHANNELS + e), zero)
     steps_at = _spread(steps + (at * CHANNELS + e), zero)
-    maps_at = _spread(maps + (at * (2 * STATES) + n), zero)
+    maps_at = maps + ((at * ROW + lane // EL * 4)[:, :, None] + tl.arange(0, 4)[None, None, :])
+    maps_at = tl.max_contiguous(maps_at, [1, 2, 4])  # lanes are given to the second axis, as by _spread
     parameter = k * CHANNELS + e
     a2 = ()
     h = ()
-    n_masks = ()
     for i in tl.static_range(NI):
-        n_masks = n_masks + (below(n + i, STATES, STATES == NL * NI),)
-        value = _spread(a_log + (parameter * STATES + (n + i)), zero)
-        value = tl.load(value, mask=live & e_mask & n_masks[i], other=0.0).to(tl.float32)
+        n = (i // 2 * NL + lane // EL) * 2 + i % 2
+        value = tl.load(_spread(a_log + (parameter * STATES + n), zero), mask=n < STATES, other=0.0).to(tl.float32)
         a2 = a2 + (tl.exp(value) * -LOG2E,)
         h = h + (tl.zeros([P, LANES], tl.float32),)
-    d = tl.load(_spread(skip + parameter, zero), mask=live & e_mask & (lane < EL), other=0.0).to(tl.float32)
+    d = tl.load(_spread(skip + parameter, zero)).to(tl.float32)
+    d = tl.where(lane < EL, d, 0.0)
 
     if SEGS > 1:
         total = tl.zeros([P, LANES], tl.float32)
         for t in range(0, span, UNROLL):
             us, ds, bs, cs = _trip(
-                inputs_at + t * CHANNELS,
-                steps_at + t * CHANNELS,
-                maps_at + t * (2 * STATES),
-                live,
-                ends - t,
-                e_mask,
-                n_masks,
-                CHANNELS,
-                STATES,
-                NI,
-                UNROLL,
-                False,
+                inputs_at + t * CHANNELS, steps_at + t * CHANNELS, maps_at + t * ROW, CHANNELS, ROW, NI, NL, UNROLL
             )
             for j in tl.static_range(UNROLL):
                 h = _advance(h, a2, us[j], ds[j], bs, j, NI)
                 total += ds[j]
-        kept = carry + tl.program_id(0).to(tl.int64) * ((NI + 1) * P * LANES) + lane
-        tl.store(_spread(kept + piece * LANES, zero), total)
+        mine = carry + tl.program_id(0).to(tl.int64) * ((NI + 1) * P * LANES) + lane
+        tl.store(_spread(mine + piece * LANES, zero), total)
         for i in tl.static_range(NI):
-            tl.store(_spread(kept + (piece + (i + 1) * P) * LANES, zero), h[i])
+            tl.store(_spread(mine + (piece + (i + 1) * P) * LANES, zero), h[i])
         tl.debug_barrier()
         h = (tl.zeros([P, LANES], tl.float32),) * NI
         for j in tl.static_range(SEGS - 1):
-            other = k * SEGS + j
-            decay = tl.load(_spread(kept + other * LANES, zero))
+            other = piece // SEGS * SEGS + j
+            decay = tl.load(_spread(mine + other * LANES, zero))
             new = ()
             for i in tl.static_range(NI):
-                added = tl.load(_spread(kept + (other + (i + 1) * P) * LANES, zero))
+                added = tl.load(_spread(mine + (other + (i + 1) * P) * LANES, zero))
                 new = new + (tl.where(segment > j, tl.exp2(decay * a2[i]) * h[i] + added, h[i]),)
             h = new
 
     for t in range(0, span, UNROLL):
         us, ds, bs, cs = _trip(
-            inputs_at + t * CHANNELS,
-            steps_at + t * CHANNELS,
-            maps_at + t * (2 * STATES),
-            live,
-            ends - t,
-            e_mask,
-            n_masks,
-            CHANNELS,
-            STATES,
-            NI,
-            UNROLL,
-            True,
+            inputs_at + t * CHANNELS, steps_at + t * CHANNELS, maps_at + t * ROW, CHANNELS, ROW, NI, NL, UNROLL
         )
+        rows = ()  # looked up before anything is stored: the compiler must assume that this changes them
+        for j in tl.static_range(UNROLL):
+            row = start + (t + j)
+            if orders is not None:
+                row = tl.load(orders + (t + j), mask=j < left - t, other=0)
+            rows = rows + (row,)
         for j in tl.static_range(UNROLL):
             h = _advance(h, a2, us[j], ds[j], bs, j, NI)
             y = d * us[j]
@@ -242,12 +247,7 @@ def walk_kernel(
             if NL > 1:
                 y = tl.sum(tl.reshape(y, [P, NL, EL]), 1)
                 y = tl.reshape(tl.broadcast_to(y[:, None, :], [P, NL, EL]), [P, LANES])
-            seen = live & (t + j < ends)
-            row = start + (t + j)
-            if orders is not None:
-                row = tl.load(orders + (k * length + row), mask=seen, other=0)
-            place = _spread(partial + ((direction + row) * CHANNELS + e), zero)
-            tl.store(place, y, mask=seen & e_mask & (lane < EL))
+            tl.store(_spread(to + rows[j] * CHANNELS, zero), y, mask=kept & (j < left - t))
     tl.debug_barrier()
 
     _sum_directions(partial, z, out, b, block, z_b, z_l, z_e, length, directions, CHANNELS, P // SEGS, EL, ROWS)

@@ -15,9 +15,9 @@ from genssm.kernels.triton_launch import device_of, launch, refuse_double
 _NAME = "isolated_scans"
 _LANES = 32
 _SHORT = 16  # steps up to which time is not split
-_UNROLL = 4
-_STRETCH = 16  # steps of a projecting program
-_BLOCK_E = 128
+_UNROLL = 8
+_UNROLL_SHORT = 4
+_STRETCH = 4  # steps of a projecting program
 _PROJECT_WARPS = 8
 
 
@@ -35,14 +35,14 @@ def scans_triton(
     *,
     channels_each: int = CHANNELS,
     pieces: int = PIECES,
-    unroll: int = _UNROLL,
-    block_e: int = _BLOCK_E,
+    unroll: int | None = None,
+    stretch: int = _STRETCH,
     project_warps: int = _PROJECT_WARPS,
 ) -> Tensor:
     """Arguments and result as of `isolated_scans`; ``x``, ``z`` (Bt, L, E), ``orders`` (K, L) int32 or None.
 
     Args:
-        channels_each, pieces, unroll, block_e, project_warps: sizes of the programs. For measurements.
+        channels_each, pieces, unroll, stretch, project_warps: sizes of the programs. For measurements.
     Raises:
         ValueError: float64 tensors.
     """
@@ -52,37 +52,45 @@ def scans_triton(
     conv_weight, x_proj, dt_proj = conv_weight.contiguous(), x_proj.contiguous(), dt_proj.contiguous()
     conv_bias = None if conv_bias is None else conv_bias.contiguous()
     dt_bias, A_log, D = dt_bias.contiguous(), A_log.contiguous(), D.contiguous()
-    shape = (batch, directions, length)
-    inputs, maps = x.new_empty(*shape, channels), x.new_empty(*shape, 2 * states)
-    steps, partial = (x.new_empty(*shape, channels, dtype=torch.float32) for _ in range(2))
     out = x.new_empty(batch, length, channels)
     if not batch:
         return out
-    tiles = triton.cdiv(length, _STRETCH)
-    blocks = triton.cdiv(channels, channels_each)
     segments = 1 if length <= _SHORT else pieces // triton.next_power_of_2(directions)
+    unroll = unroll or (_UNROLL if segments > 1 else _UNROLL_SHORT)
+    span = triton.cdiv(triton.cdiv(length, segments), unroll) * unroll
+    padded = triton.cdiv(span * segments, stretch) * stretch
     groups = _LANES // channels_each
-    lane_states = triton.next_power_of_2(triton.cdiv(states, groups))
+    lane_states = 2 * triton.next_power_of_2(triton.cdiv(states, 2 * groups))
+    map_columns = 2 * groups * lane_states
+    row = map_columns + triton.cdiv(rank, project_warps) * project_warps
+    shape = (batch, directions, padded)
+    inputs, steps = x.new_empty(*shape, channels), x.new_empty(*shape, channels, dtype=torch.float32)
+    maps = x.new_empty(*shape, row, dtype=torch.float32)
+    partial = x.new_empty(batch, directions, length, channels, dtype=torch.float32)
+    blocks = triton.cdiv(channels, channels_each)
     tile = (lane_states + 1) * pieces * _LANES
     carry = x.new_empty(batch * blocks, tile, dtype=torch.float32) if segments > 1 else None
+    # Channels of a warp's widest access.
+    block_e = min(_LANES * 16 // x.element_size(), triton.next_power_of_2(channels))
+    tiles = padded // stretch
     z_strides = (0, 0, 0) if z is None else z.stride()
     with device_of(x):
         launch(
             project_kernel, (batch * directions * tiles,),
             x=x, orders=orders, weight=conv_weight, bias=conv_bias, x_proj=x_proj, dt_proj=dt_proj, dt_bias=dt_bias,
-            inputs=inputs, steps=steps, maps=maps, x_b=x.stride(0), x_l=x.stride(1), x_e=x.stride(2),
-            length=length, directions=directions, tiles=tiles, CHANNELS=channels, STATES=states, RANK=rank,
-            W=conv_weight.shape[-1], RANKS=max(16, triton.next_power_of_2(rank)),
-            MAPS=max(16, triton.next_power_of_2(2 * states)), ALIGNED=x.stride(0) % 8 == 0, BLOCK_L=_STRETCH,
-            BLOCK_E=max(16, min(block_e, triton.next_power_of_2(channels))), num_warps=project_warps, num_stages=1,
+            inputs=inputs, steps=steps, maps=maps, x_b=x.stride(0), x_l=x.stride(1), x_e=x.stride(2), length=length,
+            padded=padded, directions=directions, tiles=tiles, CHANNELS=channels, STATES=states, RANK=rank,
+            W=conv_weight.shape[-1], ROW=row, MAPS=map_columns, RANKS=triton.next_power_of_2(rank),
+            ALIGNED=x.stride(0) % 8 == 0, BLOCK_L=stretch, BLOCK_E=block_e,
+            CHUNKS=triton.next_power_of_2(triton.cdiv(channels, block_e)), GROUP=project_warps,
+            num_warps=project_warps, num_stages=1,
         )  # fmt: skip
         launch(
             walk_kernel, (batch * blocks,),
             inputs=inputs, steps=steps, maps=maps, a_log=A_log, skip=D, z=z, orders=orders, partial=partial,
-            carry=carry, out=out, z_b=z_strides[0], z_l=z_strides[1], z_e=z_strides[2], length=length,
-            directions=directions, span=triton.cdiv(length, segments), zero=0, CHANNELS=channels, STATES=states,
-            P=pieces, SEGS=segments, NI=lane_states, NL=groups, EL=channels_each, UNROLL=unroll,
-            ROWS=pieces * _LANES // 4,
+            carry=carry, out=out, z_b=z_strides[0], z_l=z_strides[1], z_e=z_strides[2], length=length, padded=padded,
+            directions=directions, span=span, zero=0, CHANNELS=channels, STATES=states, ROW=row, P=pieces,
+            SEGS=segments, NI=lane_states, NL=groups, EL=channels_each, UNROLL=unroll, ROWS=pieces * _LANES // 4,
             num_warps=pieces,
         )  # fmt: skip
     return out
