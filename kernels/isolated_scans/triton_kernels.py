@@ -4,7 +4,7 @@ project  a program makes a stretch of one direction's convolved inputs, step siz
 walk     a program scans all directions of a few channels at once, each in SEGS pieces of time
 
 Between them lie, step by step and up to a whole number of pieces: inputs, (Bt, K, padded, E); step sizes, zero after the
-last step; and maps, (Bt, K, padded, ROW) float32: B and C in turn, two states of each, then r.
+last step; and maps, (Bt, K, padded, ROW) float32: B and C in turn, two states of each.
 
 The walk's tensors are (P, NL * EL): a warp has one of the P = directions x SEGS pieces, its lanes EL channels times NL
 groups of states, and a lane holds pairs of states, one tensor for each state. Everything is loaded by the lanes that
@@ -19,86 +19,82 @@ import triton.language as tl
 from genssm.kernels.selective_scan.triton_tiles import LOG2E, sigmoid, softplus
 
 
+@triton.jit
+def _convolved(
+    x, orders, taps, bias, x_l, x_e, k, step, length, e, e_mask, CHANNELS: tl.constexpr, W: tl.constexpr,
+    TAPS: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """silu(conv(x)) of the BLOCK_L steps from ``step`` on, (E) each, in the type of ``x``."""
+    w = tl.arange(0, TAPS)
+    taps = taps + (k * CHANNELS + e)[:, None] * W + w[None, :]
+    taps = tl.load(taps, mask=e_mask[:, None] & (w < W)[None, :], other=0.0).to(tl.float32)
+    cs = ()
+    for t in tl.static_range(BLOCK_L):
+        row = step + t - (W - 1) + w
+        live = (row >= 0) & (w < W) & (step + t < length)
+        if orders is not None:
+            row = tl.load(orders + k * length + row, mask=live, other=0)
+        place = x + row.to(tl.int64)[None, :] * x_l + e[:, None] * x_e
+        y = tl.load(place, mask=live[None, :] & e_mask[:, None], other=0.0).to(tl.float32)
+        y = tl.sum(y * taps, 1)
+        if bias is not None:
+            y += tl.load(bias + k * CHANNELS + e, mask=e_mask, other=0.0).to(tl.float32)
+        cs = cs + ((y * sigmoid(y)).to(x.dtype.element_ty),)
+    return cs
+
+
+@triton.jit
+def _products(weights, c):
+    """W c of weights (O, E) and c (E), rounded to the type of the weights; float32."""
+    return tl.sum(weights.to(tl.float32) * c.to(tl.float32)[None, :], 1).to(weights.dtype).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["x_b", "length", "padded", "directions", "tiles"])
 def project_kernel(
-    x, orders, weight, bias, x_proj, dt_proj, dt_bias, inputs, steps, maps, x_b, x_l, x_e, length, padded, directions,
+    x, orders, taps, bias, x_proj, dt_proj, dt_bias, inputs, steps, maps, x_b, x_l, x_e, length, padded, directions,
     tiles, CHANNELS: tl.constexpr, STATES: tl.constexpr, RANK: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr,
-    MAPS: tl.constexpr, RANKS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr,
-    CHUNKS: tl.constexpr, GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr, RANKS: tl.constexpr, TAPS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """c = silu(conv(x)), [r, B, C] = W_x c and softplus(W_dt r + bias) of BLOCK_L steps, written step by step.
+    """c = silu(conv(x)) of BLOCK_L steps and a part of what is made of it, written step by step.
 
-    Programs have few rows each, so products are sums over lanes: a warp makes one of GROUP numbers of W_x c at a time,
-    its lanes share out the channels, CHUNKS times BLOCK_E. All weights are on their way before anything waits.
+    Part 0 makes softplus(W_dt r + bias) with r = W_r c, the others COLUMNS each of [B, C] = W_x c. A program is one
+    warp, whose lanes share out the channels, so that products are sums over lanes: no value leaves the warp, nothing
+    waits for another one, and c, which is little work, is made again by every part. Weights are on their way before.
     """
     tile = tl.program_id(0) % tiles
     k = (tl.program_id(0) // tiles) % directions
     b = tl.program_id(0) // tiles // directions
-    at = ((b * directions + k) * padded + tile * BLOCK_L).to(tl.int64)
-    group = tl.arange(0, GROUP)[:, None]
-    lane_e = tl.arange(0, BLOCK_E)[None, :]
-    x_proj += k * (RANK + 2 * STATES) * CHANNELS
-    ws = ()
-    for j in tl.static_range(ROW // GROUP):
-        column = j * GROUP + group
-        n = column // 4 * 2 + column % 2
-        mapped = column < MAPS
-        row = tl.where(mapped, RANK + column % 4 // 2 * STATES + n, column - MAPS)
-        used = tl.where(mapped, n < STATES, column < MAPS + RANK)
-        for i in tl.static_range(CHUNKS):
-            e = i * BLOCK_E + lane_e
-            ws = ws + (tl.load(x_proj + row * CHANNELS + e, mask=used & (e < CHANNELS), other=0.0),)
-    e = tl.arange(0, BLOCK_E * CHUNKS)
+    step = tile * BLOCK_L
+    at = ((b * directions + k) * padded + step).to(tl.int64)
+    e = tl.arange(0, BLOCK_E)
     e_mask = e < CHANNELS
-    rank = tl.arange(0, RANKS)
-    to_step = dt_proj + (k * CHANNELS + e)[:, None] * RANK + rank[None, :]
-    to_step = tl.load(to_step, mask=e_mask[:, None] & (rank < RANK)[None, :], other=0.0).to(tl.float32)
-    step_bias = tl.load(dt_bias + k * CHANNELS + e, mask=e_mask, other=0.0).to(tl.float32)
-
-    step = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     shift = b.to(tl.int64) * x_b
     if ALIGNED:  # rows may be read in wide accesses
         shift = tl.multiple_of(shift, 8)
     x += shift
-    y = tl.zeros([BLOCK_L, BLOCK_E * CHUNKS], tl.float32)
-    if bias is not None:
-        y += tl.load(bias + k * CHANNELS + e, mask=e_mask, other=0.0).to(tl.float32)[None, :]
-    for w in tl.static_range(W):
-        before = step - (W - 1) + w
-        live = (before >= 0) & (step < length)
-        row = before
-        if orders is not None:
-            row = tl.load(orders + k * length + before, mask=live, other=0)
-        place = x + row.to(tl.int64)[:, None] * x_l + e[None, :] * x_e
-        value = tl.load(place, mask=live[:, None] & e_mask[None, :], other=0.0).to(tl.float32)
-        tap = tl.load(weight + (k * CHANNELS + e) * W + w, mask=e_mask, other=0.0).to(tl.float32)
-        y += value * tap[None, :]
-    place = inputs + (at + tl.arange(0, BLOCK_L))[:, None] * CHANNELS + e[None, :]
-    tl.store(place, (y * sigmoid(y)).to(inputs.dtype.element_ty), mask=e_mask[None, :])
-    tl.debug_barrier()  # read again, each row by every warp
-
-    cs = ()
-    for t in tl.static_range(BLOCK_L):
-        for i in tl.static_range(CHUNKS):
-            e_row = i * BLOCK_E + lane_e
-            place = inputs + (at + t) * CHANNELS + e_row + group * 0
-            cs = cs + (tl.load(place, mask=e_row < CHANNELS, other=0.0),)
-    for t in tl.static_range(BLOCK_L):
-        for j in tl.static_range(ROW // GROUP):
-            total = tl.zeros([GROUP, BLOCK_E], tl.float32)
-            for i in tl.static_range(CHUNKS):
-                total += ws[j * CHUNKS + i].to(tl.float32) * cs[t * CHUNKS + i].to(tl.float32)
-            total = tl.sum(total, 1).to(inputs.dtype.element_ty).to(tl.float32)
-            tl.store(maps + (at + t) * ROW + j * GROUP + tl.arange(0, GROUP), total)
-    tl.debug_barrier()
-
-    rs = ()
-    for t in tl.static_range(BLOCK_L):
-        rs = rs + (tl.load(maps + (at + t) * ROW + MAPS + rank, mask=rank < RANK, other=0.0),)
-    for t in tl.static_range(BLOCK_L):
-        delta = tl.sum(to_step * rs[t][None, :], 1).to(inputs.dtype.element_ty).to(tl.float32)
-        size = tl.where(tile * BLOCK_L + t < length, softplus(delta + step_bias), 0.0)
-        tl.store(steps + (at + t) * CHANNELS + e, size, mask=e_mask)
+    x_proj += k * (RANK + 2 * STATES) * CHANNELS
+    if tl.program_id(1) == 0:
+        r = tl.arange(0, RANKS)
+        to_rank = x_proj + r[:, None] * CHANNELS + e[None, :]
+        to_rank = tl.load(to_rank, mask=(r < RANK)[:, None] & e_mask[None, :], other=0.0)
+        to_step = dt_proj + (k * CHANNELS + e)[:, None] * RANK + r[None, :]
+        to_step = tl.load(to_step, mask=(r < RANK)[None, :] & e_mask[:, None], other=0.0)
+        step_bias = tl.load(dt_bias + k * CHANNELS + e, mask=e_mask, other=0.0).to(tl.float32)
+        cs = _convolved(x, orders, taps, bias, x_l, x_e, k, step, length, e, e_mask, CHANNELS, W, TAPS, BLOCK_L)
+        for t in tl.static_range(BLOCK_L):
+            delta = _products(to_step, _products(to_rank, cs[t]))
+            size = tl.where(step + t < length, softplus(delta + step_bias), 0.0)
+            tl.store(inputs + (at + t) * CHANNELS + e, cs[t], mask=e_mask)
+            tl.store(steps + (at + t) * CHANNELS + e, size, mask=e_mask)
+    else:
+        column = (tl.program_id(1) - 1) * COLUMNS + tl.arange(0, COLUMNS)
+        n = column // 4 * 2 + column % 2
+        to_maps = x_proj + (RANK + column % 4 // 2 * STATES + n)[:, None] * CHANNELS + e[None, :]
+        to_maps = tl.load(to_maps, mask=(n < STATES)[:, None] & e_mask[None, :], other=0.0)
+        cs = _convolved(x, orders, taps, bias, x_l, x_e, k, step, length, e, e_mask, CHANNELS, W, TAPS, BLOCK_L)
+        for t in tl.static_range(BLOCK_L):
+            tl.store(maps + (at + t) * ROW + column, _products(to_maps, cs[t]))
 
 
 @triton.jit

@@ -15,10 +15,9 @@ from genssm.kernels.triton_launch import device_of, launch, refuse_double
 _NAME = "isolated_scans"
 _LANES = 32
 _SHORT = 16  # steps up to which time is not split
-_UNROLL = 8
-_UNROLL_SHORT = 4
-_STRETCH = 4  # steps of a projecting program
-_PROJECT_WARPS = 8
+_UNROLL, _UNROLL_SHORT = 8, 4  # steps of the walk whose loads are issued together
+_STRETCH, _STRETCH_SHORT = 2, 1  # steps of a projecting program
+_COLUMNS = 16  # of B and C, of a projecting program
 
 
 def scans_triton(
@@ -36,13 +35,13 @@ def scans_triton(
     channels_each: int = CHANNELS,
     pieces: int = PIECES,
     unroll: int | None = None,
-    stretch: int = _STRETCH,
-    project_warps: int = _PROJECT_WARPS,
+    stretch: int | None = None,
+    columns: int = _COLUMNS,
 ) -> Tensor:
     """Arguments and result as of `isolated_scans`; ``x``, ``z`` (Bt, L, E), ``orders`` (K, L) int32 or None.
 
     Args:
-        channels_each, pieces, unroll, stretch, project_warps: sizes of the programs. For measurements.
+        channels_each, pieces, unroll, stretch, columns: sizes of the programs. For measurements.
     Raises:
         ValueError: float64 tensors.
     """
@@ -57,12 +56,12 @@ def scans_triton(
         return out
     segments = 1 if length <= _SHORT else pieces // triton.next_power_of_2(directions)
     unroll = unroll or (_UNROLL if segments > 1 else _UNROLL_SHORT)
+    stretch = stretch or (_STRETCH if segments > 1 else _STRETCH_SHORT)
     span = triton.cdiv(triton.cdiv(length, segments), unroll) * unroll
     padded = triton.cdiv(span * segments, stretch) * stretch
     groups = _LANES // channels_each
     lane_states = 2 * triton.next_power_of_2(triton.cdiv(states, 2 * groups))
-    map_columns = 2 * groups * lane_states
-    row = map_columns + triton.cdiv(rank, project_warps) * project_warps
+    row = 2 * groups * lane_states
     shape = (batch, directions, padded)
     inputs, steps = x.new_empty(*shape, channels), x.new_empty(*shape, channels, dtype=torch.float32)
     maps = x.new_empty(*shape, row, dtype=torch.float32)
@@ -70,20 +69,17 @@ def scans_triton(
     blocks = triton.cdiv(channels, channels_each)
     tile = (lane_states + 1) * pieces * _LANES
     carry = x.new_empty(batch * blocks, tile, dtype=torch.float32) if segments > 1 else None
-    # Channels of a warp's widest access.
-    block_e = min(_LANES * 16 // x.element_size(), triton.next_power_of_2(channels))
     tiles = padded // stretch
     z_strides = (0, 0, 0) if z is None else z.stride()
     with device_of(x):
         launch(
-            project_kernel, (batch * directions * tiles,),
-            x=x, orders=orders, weight=conv_weight, bias=conv_bias, x_proj=x_proj, dt_proj=dt_proj, dt_bias=dt_bias,
+            project_kernel, (batch * directions * tiles, 1 + row // columns),
+            x=x, orders=orders, taps=conv_weight, bias=conv_bias, x_proj=x_proj, dt_proj=dt_proj, dt_bias=dt_bias,
             inputs=inputs, steps=steps, maps=maps, x_b=x.stride(0), x_l=x.stride(1), x_e=x.stride(2), length=length,
             padded=padded, directions=directions, tiles=tiles, CHANNELS=channels, STATES=states, RANK=rank,
-            W=conv_weight.shape[-1], ROW=row, MAPS=map_columns, RANKS=triton.next_power_of_2(rank),
-            ALIGNED=x.stride(0) % 8 == 0, BLOCK_L=stretch, BLOCK_E=block_e,
-            CHUNKS=triton.next_power_of_2(triton.cdiv(channels, block_e)), GROUP=project_warps,
-            num_warps=project_warps, num_stages=1,
+            W=conv_weight.shape[-1], ROW=row, COLUMNS=columns, RANKS=triton.next_power_of_2(rank),
+            TAPS=triton.next_power_of_2(conv_weight.shape[-1]), ALIGNED=x.stride(0) % 8 == 0, BLOCK_L=stretch,
+            BLOCK_E=triton.next_power_of_2(channels), num_warps=1, num_stages=1,
         )  # fmt: skip
         launch(
             walk_kernel, (batch * blocks,),
