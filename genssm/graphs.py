@@ -73,10 +73,10 @@ def evaluates_alike(model: nn.Module) -> bool:
     )
 
 
-def places(model: nn.Module) -> tuple[int, ...]:
-    """Where the weights and buffers of a model lie."""
+def places(model: nn.Module) -> tuple[tuple[int, torch.dtype], ...]:
+    """Where the weights and buffers of a model lie, and as what."""
     return tuple(
-        x.data_ptr()
+        (x.data_ptr(), x.dtype)
         for module in model.modules()
         for held in (module._parameters, module._buffers)
         for x in held.values()
@@ -154,21 +154,17 @@ class ForwardGraphs:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the call."""
-        return self.instead_of(self.call, *args, **kwargs)
-
-    def instead_of(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """As the call; where nothing is replayed, ``call`` computes the same."""
         leaves, spec = tree_flatten((args, kwargs))
         kind = _kind(leaves, spec)
         self.seen[kind] += 1
         if kind is None or self.seen[kind] <= EAGER:
-            return call(*args, **kwargs)
+            return self.call(*args, **kwargs)
         if kind not in self.graphs:
             if len(self.graphs) == KEPT:
                 self.graphs.clear()
             self.graphs[kind] = self._record(leaves, spec)
         graph = self.graphs[kind]
-        return call(*args, **kwargs) if graph is None else graph(leaves)
+        return self.call(*args, **kwargs) if graph is None else graph(leaves)
 
     def _record(self, leaves: Sequence[Any], spec: TreeSpec) -> ForwardGraph | None:
         try:
@@ -201,7 +197,7 @@ def graphs_for(
     if not evaluates_alike(model):
         return None
     inputs = tuple((name, x.shape, x.dtype) for name, x in condition.items())
-    state = (model.training, model.dtype, torch.is_inference_mode_enabled(), places(model))
+    state = (model.training, torch.is_inference_mode_enabled(), places(model))
     key = (model, tuple(shape), inputs, state)
     return kept if kept is not None and kept[0] == key else (key, ForwardGraphs(call))
 

@@ -245,6 +245,12 @@ class DenoisingPipeline(DiffusionPipeline):
         return {**super()._get_signature_types(), "denoiser": tuple(MODELS.values())}
 
     @property
+    def _execution_device(self) -> torch.device:
+        # diffusers walks through all modules of all parts; a denoiser whose weights are on an accelerator says it.
+        device = next(self.denoiser.parameters()).device
+        return super()._execution_device if device.type in ("cpu", "meta") else device
+
+    @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent, along each side; 1 without a VAE."""
         if self.vae is None:

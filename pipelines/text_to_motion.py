@@ -1,9 +1,7 @@
 """Human motion from texts or action labels, with parts of it given: single clips, or one prompt after the other."""
 
-import functools
 import inspect
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +9,6 @@ import torch
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
 
-from genssm.graphs import ForwardGraphs, Kept
 from genssm.models import CaptionTokenizer
 from genssm.motion import FeatureStatistics, Skeleton, features_to_joints
 from genssm.paths import check_choice
@@ -22,7 +19,6 @@ from genssm.pipelines.motion_editing import CleanView, hold_frames, hold_latents
 
 OUTPUTS = ("joints", "features", "latent")
 PROMPT_SECONDS = 6.0
-RECORDED_STEPS = 100  # of one graph, some two hundred launches each
 
 Seconds = float | Sequence[float] | None
 
@@ -108,8 +104,6 @@ class TextToMotionPipeline(MotionConditions, DenoisingPipeline):
             max_frames=max_frames,
         )  # fmt: skip
         self._guidance, self._num_timesteps, self._interrupt = Guidance(), 0, False
-
-    _loops: Kept = None  # of latents, recorded whole
 
     @property
     def skeleton(self) -> Skeleton:
@@ -345,82 +339,33 @@ class TextToMotionPipeline(MotionConditions, DenoisingPipeline):
 
         ``predict(x, time)`` replaces the denoiser's guided prediction.
         """
+        device = noise.device
+        timesteps, times = set_times(self.scheduler, steps)
+        latents = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        self._num_timesteps = len(timesteps)
+        arguments = self._step_arguments(generator)
         if self.vae is None and predict is None:
-            counts = {"lengths": torch.tensor(lengths, device=noise.device)}
+            counts = {"lengths": torch.tensor(lengths, device=device)}
             condition, null = condition | counts, null | counts if null else null
         self._begin_evaluations(noise.shape, condition)
-        view = CleanView(self.scheduler)
-
-        def predicted(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-            prediction = self._predict(x, time, condition, null) if predict is None else predict(x, time)
-            if mask is None:
-                return prediction
-            if self.vae is None:
-                return hold_frames(view, prediction, x, time, known, mask)
-            return hold_latents(view, prediction, x, time, known, mask, self._decode_each, lengths)
-
-        def loop(*_: Any) -> torch.Tensor:
-            grid = set_times(self.scheduler, steps)
-            self._num_timesteps = len(grid[0])
-            with self.progress_bar(total=len(grid[0])) as bar:
-                for latents in self._steps(noise, grid, predicted, generator, callback, callback_inputs):
-                    result = latents
-                    bar.update()
-            return result
-
-        if self.vae is None or mask is not None or callback is not None:
-            return loop()
-        return self._repeated(loop, noise, condition, null, steps, generator)
-
-    def _steps(
-        self,
-        noise: torch.Tensor,
-        grid: tuple[torch.Tensor, torch.Tensor],
-        predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        generator: Generators,
-        callback: Callable[..., Mapping[str, torch.Tensor]] | None = None,
-        callback_inputs: Sequence[str] = (),
-    ) -> Iterator[torch.Tensor]:
-        """What each step makes of the noise; ``grid`` as of :func:`genssm.pipelines.denoising.set_times`."""
-        latents = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        arguments = self._step_arguments(generator)
-        for i, (t, time) in enumerate(zip(*grid)):
-            x = latents
-            if hasattr(self.scheduler, "scale_model_input"):
-                x = self.scheduler.scale_model_input(latents, t)
-            latents = self.scheduler.step(predict(x, time), t, latents, **arguments).prev_sample
-            if callback is not None:
-                given = dict.fromkeys(callback_inputs, latents)
-                latents = (callback(self, i, t, given) or {}).get("latents", latents)
-            yield latents
-            if self._interrupt:
-                break
-
-    def _repeated(
-        self,
-        loop: Callable[..., torch.Tensor],
-        noise: torch.Tensor,
-        condition: Condition,
-        null: Condition,
-        steps: int,
-        generator: Generators,
-    ) -> torch.Tensor:
-        """The loop over latents, which are so few that Python takes longer for its steps than a GPU.
-
-        Where calls of one kind come again and again, all of it is one recorded graph. A loop that draws from the given
-        generators is forgotten each time: a graph could not.
-        """
-        kept, self._loops = self._loops, None
-        if self._graphs is None or steps > RECORDED_STEPS:
-            return loop()
-        key = (*self._graphs[0], steps, self._guidance, self.scheduler, dict(self.scheduler.config))
-        if kept is None or kept[0] != key:
-            kept = key, ForwardGraphs(functools.partial(_whole_loop, weakref.proxy(self), steps))
-        sources = generator if isinstance(generator, Sequence) else [] if generator is None else [generator]
-        states = [source.get_state() for source in sources]
-        latents = kept[1].instead_of(loop, noise, condition, null)
-        if all(torch.equal(source.get_state(), state) for source, state in zip(sources, states)):
-            self._loops = kept
+        clean = CleanView(self.scheduler)
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for i, (t, time) in enumerate(zip(timesteps, times)):
+                x = latents
+                if hasattr(self.scheduler, "scale_model_input"):
+                    x = self.scheduler.scale_model_input(latents, t)
+                prediction = self._predict(x, time, condition, null) if predict is None else predict(x, time)
+                if mask is not None and self.vae is None:
+                    prediction = hold_frames(clean, prediction, x, time, known, mask)
+                elif mask is not None:
+                    prediction = hold_latents(clean, prediction, x, time, known, mask, self._decode_each, lengths)
+                latents = self.scheduler.step(prediction, t, latents, **arguments).prev_sample
+                if callback is not None:
+                    given = dict.fromkeys(callback_inputs, latents)
+                    latents = (callback(self, i, t, given) or {}).get("latents", latents)
+                bar.update()
+                if self._interrupt:
+                    break
         return latents
 
     def _predict(self, x: torch.Tensor, times: torch.Tensor, condition: Condition, null: Condition) -> torch.Tensor:
@@ -533,16 +478,3 @@ class TextToMotionPipeline(MotionConditions, DenoisingPipeline):
             x = self._denoise_motions(noise, [length], *own, steps, generator, known, mask)
             segments.append(self._decode_each(x, [length])[0])
         return join_segments(segments, overlap)
-
-
-def _whole_loop(
-    pipe: TextToMotionPipeline, steps: int, noise: torch.Tensor, condition: Condition, null: Condition
-) -> torch.Tensor:
-    """What is recorded of a loop over latents; ``pipe`` is a weak proxy, so that no graph keeps its pipeline."""
-    graphs, pipe._graphs = pipe._graphs, None
-    try:
-        grid = set_times(pipe.scheduler, steps)
-        *_, latents = pipe._steps(noise, grid, lambda x, time: pipe._predict(x, time, condition, null), None)
-        return latents
-    finally:
-        pipe._graphs = graphs

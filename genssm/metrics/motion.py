@@ -36,7 +36,6 @@ REPETITIONS = 20
 # HumanML3D, KIT-ML, and the long clips of HumanML3D-LS.
 PUBLISHED_LENGTHS = (Lengths(), Lengths(min_frames=24), Lengths(min_frames=191))
 TRANSITION_SECONDS = 3.0
-WARM_UP = 8  # sentences before those that are timed
 COLUMNS = ("r_precision_1", "r_precision_2", "r_precision_3", "fid", "mm_dist", "diversity", "multimodality")
 JOINT_COLUMNS = ("peak_jerk", "area_under_jerk", "foot_skating")
 EPILOG = """\
@@ -208,8 +207,7 @@ def time_per_sentence(
 ) -> dict[str, float]:
     """AITS: seconds per sentence at batch 1, text encoding, sampling and decoding together.
 
-    Loading and the recovery of joints are not in it. The first sentences, which compile, allocate and record, are not
-    counted.
+    Loading and the recovery of joints are not in it. The first sentences, which compile and allocate, are not counted.
 
     Args:
         source: the pipeline and its sampling.
@@ -222,14 +220,14 @@ def time_per_sentence(
     """
     single = PipelineMotions(source.pipeline, source.name, 1, **source.call)
     seconds = []
-    for number in range(count + WARM_UP):
+    for number in range(count + 3):
         one = clips.take([number % len(clips.names)])
         _synchronise(device)
         start = time.perf_counter()
         single.motions(one, derive(seed, number))
         _synchronise(device)
         seconds.append(time.perf_counter() - start)
-    counted = torch.tensor(seconds[WARM_UP:], dtype=torch.float64)
+    counted = torch.tensor(seconds[3:], dtype=torch.float64)
     return {"mean_s": float(counted.mean()), "median_s": float(counted.median()), "sentences": count}
 
 

@@ -63,7 +63,8 @@ def isolated_scans(
     _check(*tensors)
     plain = lengths is None and cu_seqlens is None and reduce == "sum" and _one_type(*tensors[:6])
     directions, _, states = A_log.shape
-    if plain and dispatch.resolve(_NAME, backend, x) == "triton" and _op.fits(x, tensors[1:], directions, states):
+    sizes = directions, states, dt_proj.shape[-1]
+    if plain and dispatch.resolve(_NAME, backend, x) == "triton" and _op.fits(x, tensors[1:], *sizes):
         orders = arguments.canonical_orders(_NAME, orders, x.shape[1], x.device)
         if orders is not None:
             orders = orders.expand(directions, -1).contiguous()

@@ -10,6 +10,7 @@ PIECES = 16  # directions, each split in time, that a program of the walk takes 
 CHANNELS = 4  # of such a program
 STATES = 64  # most states
 TOKENS = 512  # longest sequence
+WEIGHTS = 8192  # of W_r, rank times channels, rounded up to powers of two: a warp of the projections holds them all
 _ENOUGH = 4  # programs of the walk per multiprocessor up to which launches and waiting decide, not arithmetic
 
 
@@ -36,18 +37,20 @@ def _(x, z, *rest) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def fits(x: Tensor, parameters: tuple[Tensor | None, ...], directions: int, states: int) -> bool:
+def fits(x: Tensor, parameters: tuple[Tensor | None, ...], directions: int, states: int, rank: int) -> bool:
     """Whether the fused path may run: nothing to differentiate, products of one type, and little to compute.
 
     Args:
         x: (Bt, L, E).
         parameters: what meets ``x`` in products, and the parameters of the scans.
-        directions, states: K and N.
+        directions, states, rank: K, N and R.
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
         return False
     batch, length, channels = x.shape
     if length > TOKENS or directions > PIECES or states > STATES:
+        return False
+    if (1 << (channels - 1).bit_length()) * max(8, 1 << (rank - 1).bit_length()) > WEIGHTS:
         return False
     return batch * -(-channels // CHANNELS) <= _ENOUGH * _processors(x.device.type, x.device.index or 0)
 

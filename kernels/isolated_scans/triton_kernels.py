@@ -3,8 +3,8 @@
 project  a program makes a stretch of one direction's convolved inputs, step sizes and maps
 walk     a program scans all directions of a few channels at once, each in SEGS pieces of time
 
-Between them lie, step by step and up to a whole number of pieces: inputs, (Bt, K, padded, E); step sizes, zero after the
-last step; and maps, (Bt, K, padded, ROW) float32: B and C in turn, two states of each.
+Between them lie, step by step and up to a whole number of pieces: inputs, (Bt, K, padded, E); step sizes, zero after
+the last step; and maps, (Bt, K, padded, ROW) float32: B and C in turn, two states of each.
 
 The walk's tensors are (P, NL * EL): a warp has one of the P = directions x SEGS pieces, its lanes EL channels times NL
 groups of states, and a lane holds pairs of states, one tensor for each state. Everything is loaded by the lanes that
@@ -78,10 +78,10 @@ def project_kernel(
         r = tl.arange(0, RANKS)
         to_rank = x_proj + r[:, None] * CHANNELS + e[None, :]
         to_rank = tl.load(to_rank, mask=(r < RANK)[:, None] & e_mask[None, :], other=0.0)
-        to_step = dt_proj + (k * CHANNELS + e)[:, None] * RANK + r[None, :]
-        to_step = tl.load(to_step, mask=(r < RANK)[None, :] & e_mask[:, None], other=0.0)
         step_bias = tl.load(dt_bias + k * CHANNELS + e, mask=e_mask, other=0.0).to(tl.float32)
         cs = _convolved(x, orders, taps, bias, x_l, x_e, k, step, length, e, e_mask, CHANNELS, W, TAPS, BLOCK_L)
+        to_step = dt_proj + (k * CHANNELS + e)[:, None] * RANK + r[None, :]
+        to_step = tl.load(to_step, mask=(r < RANK)[None, :] & e_mask[:, None], other=0.0)
         for t in tl.static_range(BLOCK_L):
             delta = _products(to_step, _products(to_rank, cs[t]))
             size = tl.where(step + t < length, softplus(delta + step_bias), 0.0)

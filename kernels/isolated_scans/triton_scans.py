@@ -17,7 +17,8 @@ _LANES = 32
 _SHORT = 16  # steps up to which time is not split
 _UNROLL, _UNROLL_SHORT = 8, 4  # steps of the walk whose loads are issued together
 _STRETCH, _STRETCH_SHORT = 2, 1  # steps of a projecting program
-_COLUMNS = 16  # of B and C, of a projecting program
+_COLUMNS = 16  # of B and C, of a projecting program; fewer where they are longer than _COLUMN
+_COLUMN = 256
 
 
 def scans_triton(
@@ -36,7 +37,7 @@ def scans_triton(
     pieces: int = PIECES,
     unroll: int | None = None,
     stretch: int | None = None,
-    columns: int = _COLUMNS,
+    columns: int | None = None,
 ) -> Tensor:
     """Arguments and result as of `isolated_scans`; ``x``, ``z`` (Bt, L, E), ``orders`` (K, L) int32 or None.
 
@@ -62,6 +63,8 @@ def scans_triton(
     groups = _LANES // channels_each
     lane_states = 2 * triton.next_power_of_2(triton.cdiv(states, 2 * groups))
     row = 2 * groups * lane_states
+    block_e = triton.next_power_of_2(channels)
+    columns = columns or max(4, _COLUMNS * _COLUMN // max(_COLUMN, block_e))
     shape = (batch, directions, padded)
     inputs, steps = x.new_empty(*shape, channels), x.new_empty(*shape, channels, dtype=torch.float32)
     maps = x.new_empty(*shape, row, dtype=torch.float32)
@@ -79,7 +82,7 @@ def scans_triton(
             padded=padded, directions=directions, tiles=tiles, CHANNELS=channels, STATES=states, RANK=rank,
             W=conv_weight.shape[-1], ROW=row, COLUMNS=columns, RANKS=triton.next_power_of_2(rank),
             TAPS=triton.next_power_of_2(conv_weight.shape[-1]), ALIGNED=x.stride(0) % 8 == 0, BLOCK_L=stretch,
-            BLOCK_E=triton.next_power_of_2(channels), num_warps=1, num_stages=1,
+            BLOCK_E=block_e, num_warps=1, num_stages=1,
         )  # fmt: skip
         launch(
             walk_kernel, (batch * blocks,),

@@ -102,6 +102,7 @@ def test_when_the_fused_path_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     isolated_scans(**given)
     assert len(fused) == 1
     large = torch.zeros(3, *given["x"].shape[1:], dtype=torch.bfloat16)  # 3 samples of 8 programs, 16 at most
+    assert op.fits(given["x"], (), 9, 16, 256) and not op.fits(given["x"], (), 9, 16, 257)  # times 32 channels
     for changes in (
         {"lengths": torch.tensor([4, 3])},
         {"reduce": "none"},

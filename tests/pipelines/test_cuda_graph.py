@@ -1,7 +1,5 @@
 """Sampling with recorded evaluations: the same numbers from every pipeline; what ends or forbids a recording."""
 
-import gc
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +7,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
-from genssm.graphs import EAGER
 from genssm.models import DiM, DiMSUM
 from genssm.pipelines import ClassConditionalImagePipeline, TextToMotionPipeline
 from genssm.pipelines.denoising import DenoisingPipeline
-from genssm.pipelines.text_to_motion import RECORDED_STEPS
 from genssm.schedulers import swap_scheduler
 from genssm.training.objectives import DiffusionObjective, FlowObjective
 from tests.models import test_dim, test_dimsum
@@ -165,69 +161,6 @@ def test_what_forbids_a_recording(pretend_graphs: type[PretendGraph]) -> None:
     pipe = prepared(lambda: test_upsampling.build(DDIMScheduler(**test_upsampling.SCHEDULE)), cpu)
     pipe([0, 1], generator=seeds(2), num_inference_steps=6, output_type="latent")
     assert pretend_graphs.replays == 0 and pipe._graphs is None
-
-
-def one_motion(pipe: TextToMotionPipeline, graph: bool, seed: int = 0, **options: Any) -> torch.Tensor:
-    given = {"num_inference_steps": 3, "guidance_scale": 2.0, "num_frames": 12, "output_type": "latent", **options}
-    return pipe("a person walks", generator=seeds(seed + 1)[seed], cuda_graph=graph, **given).motions[0]
-
-
-@pytest.mark.parametrize("scheduler", ["ddim", "dpmsolver++", "heun"])
-def test_a_loop_over_latents_that_comes_again_is_one_graph(scheduler: str, pretend_graphs: type[PretendGraph]) -> None:
-    """With other noise and another text; other steps, guidance or weights are another loop."""
-    pipe = test_text_to_motion.latent_pipeline()
-    pipe.scheduler = swap_scheduler(pipe.scheduler, scheduler)
-    expected = [one_motion(pipe, False, seed) for seed in range(2)]
-    for _ in range(EAGER + 1):
-        assert torch.equal(one_motion(pipe, True), expected[0])
-    kept, replays = pipe._loops[1], pretend_graphs.replays
-    assert len(kept.graphs) == 1
-    assert torch.equal(one_motion(pipe, True, 1), expected[1]) and pretend_graphs.replays == replays + 1
-    assert pipe._loops[1] is kept
-    for changes in ({"num_inference_steps": 4}, {"guidance_scale": 3.0}):
-        found = one_motion(pipe, True, **changes)
-        assert pipe._loops[1] is not kept and torch.equal(found, one_motion(pipe, False, **changes))
-    assert pipe._loops is None and pipe._graphs is None
-
-
-def test_loops_that_are_no_graph(pretend_graphs: type[PretendGraph]) -> None:
-    """Those that draw noise on their way, have a callback, or are long."""
-    pipe = test_text_to_motion.latent_pipeline()
-    scheduler = pipe.scheduler
-    pipe.scheduler = swap_scheduler(scheduler, "ddpm")
-    expected = one_motion(pipe, False)
-    for _ in range(EAGER + 2):
-        assert torch.equal(one_motion(pipe, True), expected) and pipe._loops is None
-    pipe.scheduler = scheduler
-    for changes in ({"callback_on_step_end": lambda *_: {}}, {"num_inference_steps": RECORDED_STEPS + 1}):
-        one_motion(pipe, True, **changes)
-        assert pipe._loops is None
-
-
-def test_graphs_do_not_keep_their_pipeline(pretend_graphs: type[PretendGraph]) -> None:
-    pipe = test_text_to_motion.latent_pipeline()
-    for _ in range(EAGER + 1):
-        one_motion(pipe, True)
-    gc.collect()
-    gc.disable()
-    try:
-        found = weakref.ref(pipe)
-        assert pipe._loops[1].graphs and pipe._graphs[1].graphs
-        del pipe
-        assert found() is None
-    finally:
-        gc.enable()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_recorded_loop_on_the_device(dtype: torch.dtype) -> None:
-    pipe = test_text_to_motion.latent_pipeline().to("cuda", dtype)
-    expected = [one_motion(pipe, False, seed) for seed in range(2)]
-    for _ in range(EAGER + 1):
-        assert torch.equal(one_motion(pipe, True), expected[0])
-    assert pipe._loops[1].graphs and None not in pipe._loops[1].graphs.values()
-    assert torch.equal(one_motion(pipe, True, 1), expected[1])
 
 
 @pytest.mark.gpu
