@@ -54,28 +54,37 @@ def record(
 
 def weights_move(model: nn.Module) -> bool:
     """Whether hooks move or cast weights, or autocast copies them: a graph would not find them."""
-    for module in model.modules():
-        registry = getattr(module, "_diffusers_hook", None)  # pipelines give some models an empty one
-        if hasattr(module, "_hf_hook") or (registry is not None and registry.hooks):
-            return True
-    return torch.is_autocast_enabled(KIND)
+    return torch.is_autocast_enabled(KIND) or any(_moves(vars(module)) for module in model.modules())
+
+
+def _moves(attributes: Mapping[str, Any]) -> bool:
+    """Whether a hook acts on a module with these attributes."""
+    registry = attributes.get("_diffusers_hook")  # pipelines give some models an empty one
+    return "_hf_hook" in attributes or (registry is not None and bool(registry.hooks))
 
 
 def evaluates_alike(model: nn.Module) -> bool:
     """Whether each evaluation of a model is the same operations: no hooks, adapters or compiled parts act in it."""
-    return not weights_move(model) and not any(
+    return not torch.is_autocast_enabled(KIND) and not any(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._compiled_call_impl is not None
         or "_orig_mod" in module._modules  # torch.compile(module)
-        or getattr(module, "_hf_peft_config_loaded", False)
+        or _moves(attributes := vars(module))
+        or attributes.get("_hf_peft_config_loaded", False)
         for module in model.modules()
     )
 
 
-def places(model: nn.Module) -> tuple[int, ...]:
-    """Where the weights and buffers of a model lie."""
-    return tuple(x.data_ptr() for xs in (model.parameters(), model.buffers()) for x in xs)
+def places(model: nn.Module) -> tuple[tuple[int, torch.dtype], ...]:
+    """Where the weights and buffers of a model lie, and as what."""
+    return tuple(
+        (x.data_ptr(), x.dtype)
+        for module in model.modules()
+        for held in (module._parameters, module._buffers)
+        for x in held.values()
+        if x is not None
+    )
 
 
 def _kind(leaves: Sequence[Any], spec: TreeSpec) -> tuple | None:
@@ -172,11 +181,18 @@ class ForwardGraphs:
 Kept = tuple[tuple, ForwardGraphs] | None  # with what they were recorded for
 
 
-def graphs_for(model: nn.Module, shape: Sequence[int], condition: Mapping[str, torch.Tensor], kept: Kept) -> Kept:
+def graphs_for(
+    model: nn.Module,
+    call: Callable[..., Any],
+    shape: Sequence[int],
+    condition: Mapping[str, torch.Tensor],
+    kept: Kept,
+) -> Kept:
     """The graphs of an earlier call if this one is of their kind, else new ones; None if nothing may be recorded.
 
     Args:
         model: what is evaluated.
+        call: evaluates it: the model, or a function of tensors around it.
         shape: of the samples.
         condition: further arguments.
         kept: of the earlier call.
@@ -184,9 +200,9 @@ def graphs_for(model: nn.Module, shape: Sequence[int], condition: Mapping[str, t
     if not evaluates_alike(model):
         return None
     inputs = tuple((name, x.shape, x.dtype) for name, x in condition.items())
-    state = (model.training, model.dtype, torch.is_inference_mode_enabled(), places(model))
+    state = (model.training, torch.is_inference_mode_enabled(), places(model))
     key = (model, tuple(shape), inputs, state)
-    return kept if kept is not None and kept[0] == key else (key, ForwardGraphs(model))
+    return kept if kept is not None and kept[0] == key else (key, ForwardGraphs(call))
 
 
 class TrainingGraph(_Recorded):

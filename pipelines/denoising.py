@@ -7,6 +7,7 @@ result is the same to the last bit.
 """
 
 import contextlib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -163,6 +164,36 @@ def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device
     return torch.cat(rows)
 
 
+def evaluate(
+    model: torch.nn.Module,
+    dtype: torch.dtype,
+    x: torch.Tensor,
+    times: torch.Tensor,
+    condition: Mapping[str, torch.Tensor],
+    null: Mapping[str, torch.Tensor],
+    guidance: Guidance | None,
+) -> torch.Tensor:
+    """What one step asks of a denoiser, in one piece, so that one graph repeats all of it.
+
+    Args:
+        model: the denoiser.
+        dtype: of its input.
+        x: scaled noisy samples, (B, ...), float32.
+        times: (B,), on the device of ``x``.
+        condition: further arguments of the denoiser, (B, ...) each.
+        null: the same without the condition, evaluated in the same batch; empty for no second half.
+        guidance: joins the two halves; None leaves them.
+    Returns:
+        (B, ...), or (2 B, ...) with a second half that nothing joins, float32.
+    """
+    if null:
+        condition = {key: torch.cat([value, null[key]]) for key, value in condition.items()}
+        x, times = torch.cat([x, x]), torch.cat([times, times])
+    with BatchInvariant() if x.device.type == "cpu" else contextlib.nullcontext():
+        prediction = model(x.to(dtype), times, **condition, return_dict=False)[0].float()
+    return prediction if guidance is None else guidance.combine(*prediction.chunk(2))
+
+
 def set_times(scheduler: SchedulerMixin, num_inference_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Put a scheduler at the start of its grid.
 
@@ -212,6 +243,12 @@ class DenoisingPipeline(DiffusionPipeline):
     def _get_signature_types(cls) -> dict[str, tuple[type, ...]]:
         # from_pipe compares exact types: name the models for which ModelMixin stands in the signature.
         return {**super()._get_signature_types(), "denoiser": tuple(MODELS.values())}
+
+    @property
+    def _execution_device(self) -> torch.device:
+        # diffusers walks through all modules of all parts; a denoiser whose weights are on an accelerator says it.
+        device = next(self.denoiser.parameters()).device
+        return super()._execution_device if device.type in ("cpu", "meta") else device
 
     @property
     def vae_scale_factor(self) -> int:
@@ -414,9 +451,10 @@ class DenoisingPipeline(DiffusionPipeline):
             one_size: whether every evaluation has all samples.
         """
         model, kept = self.denoiser, self._graphs
-        self._graphs, self._dtype = None, model.dtype  # diffusers walks through all modules to find it
+        # Its type once a call: diffusers walks through all modules to find it. The pipeline is no part of what is kept.
+        self._graphs, self._evaluate = None, functools.partial(evaluate, model, model.dtype)
         if self._cuda_graph and self._records and one_size and getattr(model, "skip_tuning", None) is None:
-            self._graphs = graphs_for(model, shape, condition, kept)
+            self._graphs = graphs_for(model, self._evaluate, shape, condition, kept)
 
     def _skip_steps(
         self, strength: float, num_inference_steps: int, timesteps: torch.Tensor, times: torch.Tensor
@@ -457,19 +495,16 @@ class DenoisingPipeline(DiffusionPipeline):
         guided = [bool(null) and self._guidance.at(part) for part in parts]
         if times.ndim == 0:  # as a number: a copy to a GPU would wait for it
             times = torch.full((len(x),), times.item(), dtype=times.dtype, device=x.device)
-        rows: slice | torch.Tensor = slice(None)
-        if any(guided):
-            if not all(guided):
-                rows = torch.tensor(guided).nonzero().flatten().to(x.device)
-            condition = {key: torch.cat([value, null[key][rows]]) for key, value in condition.items()}
-            x, times = torch.cat([x, x[rows]]), torch.cat([times, times[rows]])
-        evaluate = self.denoiser if self._graphs is None else self._graphs[1]
-        with BatchInvariant() if x.device.type == "cpu" else contextlib.nullcontext():
-            prediction = evaluate(x.to(self._dtype), times, **condition, return_dict=False)[0].float()
+        evaluate = self._evaluate if self._graphs is None else self._graphs[1]
         if not any(guided):
-            return prediction
+            return evaluate(x, times, condition, {}, None)
         if all(guided):
-            return self._guidance.combine(*prediction.chunk(2), parts)
+            constant = None if self._guidance.power else self._guidance
+            prediction = evaluate(x, times, condition, null, constant)
+            return prediction if constant else self._guidance.combine(*prediction.chunk(2), parts)
+        rows = torch.tensor(guided).nonzero().flatten().to(x.device)
+        condition = {key: torch.cat([value, null[key][rows]]) for key, value in condition.items()}
+        prediction = evaluate(torch.cat([x, x[rows]]), torch.cat([times, times[rows]]), condition, {}, None)
         result, unconditional = prediction[: len(guided)].clone(), prediction[len(guided) :]
         parts = [part for part, chosen in zip(parts, guided) if chosen]
         result[rows] = self._guidance.combine(result[rows], unconditional, parts)

@@ -132,7 +132,7 @@ class MaskedImagePipeline(CodePipeline):
         shares = (codes == mask_code).float().mean(dim=1)
         kept, self._graphs = self._graphs, None
         if cuda_graph:
-            self._graphs = graphs_for(self.model, codes.shape, condition, kept)
+            self._graphs = graphs_for(self.model, self.model, codes.shape, condition, kept)
 
         # On the CPU, and all random numbers at once: no step waits for the GPU.
         self.scheduler.set_timesteps(num_inference_steps, choice_temperature)

@@ -386,7 +386,7 @@ class TextToMotionPipeline(MotionConditions, DenoisingPipeline):
         """Normalised features (B, T, F), zeros after each length; on a CPU motion by motion, see :meth:`_predict`."""
         latents = latents.to(self.vae.dtype)
         if latents.device.type != "cpu":
-            return self.vae.decode(latents, torch.as_tensor(lengths, device=latents.device)).float()
+            return self.vae.decode(latents, lengths).float()
         rows = [self.vae.decode(latents[i : i + 1], [length])[0].float() for i, length in enumerate(lengths)]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 

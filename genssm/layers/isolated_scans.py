@@ -6,10 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from genssm.kernels.causal_conv1d import causal_conv1d
-from genssm.kernels.selective_scan import selective_scan
+from genssm.kernels.isolated_scans import isolated_scans
 from genssm.layers.directions import DepthwiseTaps
-from genssm.layers.modulation import upcast
 from genssm.paths import check_choice
 
 # B batch, L tokens, K scans, E channels, N d_state, R dt_rank, W d_conv
@@ -24,7 +22,10 @@ SCAN_PLANS = {
 
 
 class GroupedLinear(nn.Module):
-    """K linear maps side by side, without biases: weight (K, out, in).
+    """Weights (K, out, in) of K linear maps side by side, without biases.
+
+    The maps run with the scans they belong to, so this module only hands its weights out, as
+    :class:`genssm.layers.directions.DepthwiseTaps` does.
 
     Args:
         groups: K.
@@ -36,9 +37,9 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(groups, out_features, in_features).uniform_(-bound, bound))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (B, K, L, in) to (B, K, L, out), in the dtype of the weights."""
-        return torch.einsum("bkli,koi->bklo", x.to(self.weight.dtype), self.weight)
+    def forward(self) -> torch.Tensor:
+        """Return the weights."""
+        return self.weight
 
 
 class IsolatedScans(nn.Module):
@@ -47,8 +48,7 @@ class IsolatedScans(nn.Module):
         c_i = silu(conv_i(x)),   [dt, B, C]_i = W^x_i c_i,   delta_i = softplus(W^dt_i dt_i + bias_i)
         y = sum_i scan(c_i, delta_i, -exp(A_log_i), B_i, C_i, D_i) * silu(z)
 
-    The scans are directions of the operators: one convolution and one scan run for all of them, and their sum is formed
-    inside the scan.
+    The scans are directions of one operator, :func:`genssm.kernels.isolated_scans.isolated_scans`.
 
     Args:
         channels: E.
@@ -78,7 +78,6 @@ class IsolatedScans(nn.Module):
                 f"{scans} scans of {channels} channels, d_state {d_state}, d_conv {d_conv}, dt_rank {dt_rank}; "
                 "expected positive numbers, d_state up to 256 and d_conv up to 8"
             )
-        self.sizes = [dt_rank, d_state, d_state]
         self.scans = scans
         self.conv1d = DepthwiseTaps(scans * channels, d_conv)
         self.x_proj = GroupedLinear(scans, channels, dt_rank + 2 * d_state, channels**-0.5)
@@ -110,13 +109,10 @@ class IsolatedScans(nn.Module):
         Returns:
             (B, L, E), or (B, K, L, E) with "none".
         """
-        over = {"orders": orders, "lengths": lengths, "cu_seqlens": cu_seqlens}
         weight, bias = (p.unflatten(0, (self.scans, -1)) for p in self.conv1d())  # (K, E, W), (K, E)
-        c = causal_conv1d(x, weight, bias, activation="silu", **over)  # (B, K, L, E)
-        dt, B, C = self.x_proj(c).split(self.sizes, dim=-1)  # (B, K, L, R), (B, K, L, N) twice
-        return selective_scan(
-            c, self.dt_proj(dt), -upcast(self.A_log).exp(), B, C, upcast(self.D), z,
-            delta_bias=upcast(self.dt_bias), delta_softplus=True, reduce=reduce, **over,
+        return isolated_scans(
+            x, z, weight, bias, self.x_proj(), self.dt_proj(), self.dt_bias, self.A_log, self.D,
+            orders=orders, lengths=lengths, cu_seqlens=cu_seqlens, reduce=reduce,
         )  # fmt: skip
 
 

@@ -119,8 +119,10 @@ class LayerNorm(Norm):
     def alone(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight is None:
             return F.layer_norm(upcast(x), (self.dim,), eps=self.eps).to(x.dtype)
-        y = F.layer_norm(upcast(x), (self.dim,), upcast(self.weight), upcast(self.bias), self.eps)
-        return y.to(self.weight.dtype)
+        weight, bias = self.weight, self.bias
+        if x.dtype != weight.dtype:  # of one type, PyTorch's kernels keep the statistics in float32 by themselves
+            x, weight, bias = upcast(x), upcast(weight), upcast(bias)
+        return F.layer_norm(x, (self.dim,), weight, bias, self.eps).to(self.weight.dtype)
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

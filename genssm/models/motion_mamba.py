@@ -117,8 +117,8 @@ class MotionMambaBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        y = self.bsm(self.htm(x)) * self.gate(x)
-        return x + y if self.residual else y
+        y, gate = self.bsm(self.htm(x)), self.gate(x)
+        return torch.addcmul(x, y, gate) if self.residual else y * gate
 
 
 class MotionMamba(ModelMixin, ConfigMixin, PeftAdapterMixin):

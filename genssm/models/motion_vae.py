@@ -177,7 +177,7 @@ class MotionVAE(ModelMixin, ConfigMixin):
 
         Args:
             latents: (B, n, D).
-            lengths: frames of each clip, (B,).
+            lengths: frames of each clip, (B,); on the CPU, else they are waited for.
         Returns:
             (B, T, F) with T the longest length; zeros after each clip's length.
         Raises:
@@ -186,20 +186,25 @@ class MotionVAE(ModelMixin, ConfigMixin):
         expected = (self.config.latent_tokens, self.config.hidden_size)
         if latents.dim() != 3 or latents.shape[1:] != expected:
             raise ValueError(f"latents are {tuple(latents.shape)}; expected (B, {expected[0]}, {expected[1]})")
-        lengths = as_lengths(lengths, latents, longest=None)
-        return self._decode(latents, valid_frames(lengths, int(lengths.max())))
+        lengths = torch.as_tensor(lengths)  # where it is: a copy to a GPU would wait for it
+        lengths = as_lengths(lengths, torch.empty(len(latents), device=lengths.device), longest=None)
+        longest = int(lengths.max())
+        mask = None if int(lengths.min()) == longest else valid_frames(lengths, longest).to(latents.device)
+        return self._decode(latents, longest, mask)
 
-    def _decode(self, latents: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Features (B, T, F) of latents (B, n, D), zeros where ``mask`` (B, T) is False."""
+    def _decode(self, latents: torch.Tensor, frames: int, mask: torch.Tensor | None) -> torch.Tensor:
+        """Features (B, T, F) of latents (B, n, D), zeros where ``mask`` (B, T) is False; None is True everywhere."""
         latents = latents.to(self.proj_out.weight.dtype)
-        queries = latents.new_zeros(*mask.shape, latents.shape[2])  # (B, T, D)
+        queries = latents.new_zeros(len(latents), frames, latents.shape[2])  # (B, T, D)
         if self.config.arch == "encoder_decoder":
             x = self.decoder(self.decoder_positions(queries), mask, latents)
         else:
             count = latents.shape[1]
             x = self.decoder_positions(torch.cat([latents, queries], dim=1))
-            x = self.decoder(x, F.pad(mask, (count, 0), value=True))[:, count:]
-        return self.proj_out(x) * mask[..., None]
+            padded = None if mask is None else F.pad(mask, (count, 0), value=True)
+            x = self.decoder(x, padded)[:, count:]
+        x = self.proj_out(x)
+        return x if mask is None else x * mask[..., None]
 
     def forward(
         self,
@@ -221,7 +226,7 @@ class MotionVAE(ModelMixin, ConfigMixin):
         posterior = self.encode(features, lengths)
         latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
         mask = valid_frames(as_lengths(lengths, features), features.shape[1])
-        sample = self._decode(latents, mask).to(features.dtype)  # (B, T, F)
+        sample = self._decode(latents, features.shape[1], mask).to(features.dtype)  # (B, T, F)
         output = MotionVAEOutput(sample=sample, posterior=posterior, latents=latents)
         return output if return_dict else output.to_tuple()
 

@@ -195,14 +195,12 @@ def test_condition_first_lets_the_scans_carry_text() -> None:
 
 
 def test_k_scans_are_one_call_of_each_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    from genssm.layers import isolated_scans
+    from genssm.kernels.isolated_scans import reference
 
     calls = []
     for name in ("causal_conv1d", "selective_scan"):
-        function = getattr(isolated_scans, name)
-        monkeypatch.setattr(
-            isolated_scans, name, lambda *a, name=name, f=function, **k: calls.append(name) or f(*a, **k)
-        )
+        function = getattr(reference, name)
+        monkeypatch.setattr(reference, name, lambda *a, name=name, f=function, **k: calls.append(name) or f(*a, **k))
     make(scan_plan=[9, 1]).input_blocks[0].htm(torch.randn(1, 4, 16))
     assert calls == ["causal_conv1d", "selective_scan"]
 
