@@ -242,9 +242,8 @@ def scan_segment(
         kept = saved + (row_batch * directions + k64) * chunks * (STATES * CHANNELS) + origin
         total = gl.full([RUNS, BLOCK, RUN], 0.0, gl.float32, TOKENS)
 
-        ahead = chunks - (segments - segment - 1) * segment_chunks  # up to the end of the segment; the first is short
-        low = first // CHUNK + gl.maximum(ahead - segment_chunks, 0)
-        high = gl.minimum(first // CHUNK + ahead, gl.cdiv(end, CHUNK))
+        high = gl.cdiv(end, CHUNK) - (segments - segment - 1) * segment_chunks
+        low = gl.maximum(high - segment_chunks, first // CHUNK)  # the first segment may be shorter
         bottom = gl.maximum(low * CHUNK, first)
         stop = gl.minimum(high * CHUNK, end)
         lowest = gl.minimum(bottom, length - 1)
