@@ -169,6 +169,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
                     tokens = (side // size.patch) ** 2
                     batch = max(args.tokens // tokens, 1)
                     if mode == "compiled":
+                        torch.compiler.reset()  # models of a kind share what is compiled, and its limit of variants
                         _compile(model)
                     parameters = sum(p.numel() for p in model.parameters())
                     label = which if which != "dit" else f"dit as {name}"

@@ -12,7 +12,7 @@ from genssm.kernels.triton_launch import device_of, launch, refuse_double
 _NAME = "mamba2_step"
 # Heads of all rows up to which one launch takes less time than two. More of them fill the device several times over:
 # small programs keep its memory busiest then, and those cannot each convolve B and C again for a few channels of x.
-_FEW_HEADS = 1024
+_FEW_HEADS = 512
 _CONV_BLOCK = 256
 _TILE = 8192  # numbers of the state that a program holds, at most
 _SMALL_TILE = 2048  # bytes of the state that it holds after a convolution
