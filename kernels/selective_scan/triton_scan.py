@@ -142,7 +142,9 @@ def scan_forward(
     summed = reduce_sum and directions > 1
     out = u.new_empty((batch, length, channels) if reduce_sum else (batch, directions, length, channels))
     works = sequences * groups
-    in_shared = block_e is state_lanes is unroll is None and _forward_shares(u, delta, B, C, z, out)
+    # Directions in turn, with their sums in memory, are faster in the plain kernel where its programs fill the device.
+    full = summed and works * channels // groups >= 2 * _LANES * _FORWARD_FULL * processors(u.device)
+    in_shared = block_e is state_lanes is unroll is None and not full and _forward_shares(u, delta, B, C, z, out)
     if block_e is None and state_lanes is None:
         block_e, state_lanes = _forward_sizes(works, channels // groups, states, directions, summed, u.device)
     tile = forward_tile(channels // groups, states, block_e, state_lanes)
