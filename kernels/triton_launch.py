@@ -99,7 +99,6 @@ _KNOWN = ((3, 6), (3, 8))  # first and last version of Triton that were tried he
 _MOST = 4096  # launches of a kernel to remember
 
 
-@functools.cache
 def known_triton() -> bool:
     """Whether Triton is of a version whose launches this file repeats truly, and whose Gluon is the one used here."""
     import triton
