@@ -56,7 +56,8 @@ def isolated_scans(
 
     Example:
         >>> x, taps, x_proj, dt_proj = (torch.randn(s) for s in ((2, 8, 4), (3, 4, 4), (3, 5, 4), (3, 4, 1)))
-        >>> isolated_scans(x, None, taps, None, x_proj, dt_proj, *torch.zeros(2, 3, 4, 2).unbind(0)).shape
+        >>> dt_bias, A_log, D = torch.zeros(3, 4), torch.zeros(3, 4, 2), torch.ones(3, 4)
+        >>> isolated_scans(x, None, taps, None, x_proj, dt_proj, dt_bias, A_log, D).shape
         torch.Size([2, 8, 4])
     """
     tensors = (x, z, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D)

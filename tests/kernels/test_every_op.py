@@ -1,5 +1,7 @@
 """What holds for every op alike: gradients, PyTorch's machinery around a call, messages that the ops share."""
 
+import doctest
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -204,3 +206,10 @@ def test_mixed_devices_are_named(name: str) -> None:
     strange = list(inputs)[1]
     with pytest.raises(ValueError, match=f"{strange} is on meta, the first input on cpu"):
         OPS[name][0](**{**inputs, strange: inputs[strange].to("meta")})
+
+
+@pytest.mark.parametrize("name", [*OPS, "add_norm", "isolated_scans"])
+def test_examples_of_docstrings(name: str) -> None:
+    function = getattr(importlib.import_module(f"genssm.kernels.{name}"), name)
+    (examples,) = doctest.DocTestFinder(recurse=False).find(function, name, globs={"torch": torch, name: function})
+    assert examples.examples and doctest.DocTestRunner().run(examples).failed == 0
