@@ -15,6 +15,7 @@ from genssm.kernels.selective_scan.triton_shared_tiles import (
     LOG2E,
     activated,
     address,
+    behind,
     biased,
     byte_count,
     chunk_rows,
@@ -42,6 +43,11 @@ from genssm.kernels.selective_scan.triton_shared_tiles import (
     times_tile,
     to_tile,
 )
+
+
+@gluon.jit
+def first_of(a, b):
+    return a
 
 
 @gluon.jit(do_not_specialize=_RUNTIME)
@@ -263,6 +269,10 @@ def scan_backward_shared_kernel(
                 us = load_steps(u, u_at, at_rows, u_step, ev_mask, limit, LIMITED)
                 ds = load_steps(delta, d_at, at_rows, d_step, ev_mask, limit, LIMITED)
                 bs = load_steps(b, b_at, at_rows, b_step, state_mask, limit, LIMITED)
+                at_rows = of_steps(rows, start + gl.minimum(1, trips - 1) * UNROLL, stop - 1, UNROLL)
+                next_us = load_steps(u, u_at, at_rows, u_step, ev_mask, limit, LIMITED)
+                next_ds = load_steps(delta, d_at, at_rows, d_step, ev_mask, limit, LIMITED)
+                next_bs = load_steps(b, b_at, at_rows, b_step, state_mask, limit, LIMITED)
                 prefetch_row(g_near, rows, g_step, g_e, last_column, 32)  # what only the way back reads
                 prefetch_row(c_near, rows, c_step, c_n, STATES - 1, 16)
                 if z is not None:
@@ -278,11 +288,6 @@ def scan_backward_shared_kernel(
                 for trip in range(trips):
                     base = start + trip * UNROLL
                     store_kept(scratch.index(trip), h, WHOLE)
-                    next_base = start + gl.minimum(trip + 1, trips - 1) * UNROLL
-                    at_rows = of_steps(rows, next_base, stop - 1, UNROLL)
-                    next_us = load_steps(u, u_at, at_rows, u_step, ev_mask, limit, LIMITED)
-                    next_ds = load_steps(delta, d_at, at_rows, d_step, ev_mask, limit, LIMITED)
-                    next_bs = load_steps(b, b_at, at_rows, b_step, state_mask, limit, LIMITED)
                     for i in gl.static_range(UNROLL):
                         live = base + i < stop
                         if LIMITED:
@@ -295,6 +300,12 @@ def scan_backward_shared_kernel(
                     us = next_us
                     ds = next_ds
                     bs = next_bs
+                    next_base = start + gl.minimum(trip + 2, trips - 1) * UNROLL
+                    late_rows = behind(rows, gl.convert_layout(gl.reduce(h[3], 1, first_of), rows.type.layout), zero)
+                    at_rows = of_steps(late_rows, next_base, stop - 1, UNROLL)
+                    next_us = load_steps(u, u_at, at_rows, u_step, ev_mask, limit, LIMITED)
+                    next_ds = load_steps(delta, d_at, at_rows, d_step, ev_mask, limit, LIMITED)
+                    next_bs = load_steps(b, b_at, at_rows, b_step, state_mask, limit, LIMITED)
                 after = h
                 for trip_back in range(trips):
                     trip = trips - 1 - trip_back

@@ -137,6 +137,14 @@ def opaque(x):
 
 
 @gluon.jit
+def behind(x, y, zero):
+    """``x``, computed after ``y``."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 t; and.b32 t, $2, $3; add.s32 $0, $1, t; }", "=r,r,f,r", [x, y, zero], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def load_float(pointers, mask):
     return gl.load(pointers, mask=mask, other=0.0).to(gl.float32)
 
