@@ -46,6 +46,33 @@ from genssm.kernels.selective_scan.triton_shared_tiles import (
 
 
 @gluon.jit
+def step_inputs(step, stop, rows, limit, masks, tensors, places, LIMITED: gl.constexpr, ADDS: gl.constexpr):
+    """What only the way back needs of a step: its row, its gradient, C and z, and what earlier directions left there."""
+    grad, c, z, du, ddelta, dz = tensors
+    g_at, g_step, c_at, c_step, z_at, z_step, du_at, dd_at, dz_at, channels = places
+    ev_mask, state_mask, later_direction = masks
+    row = of_step(rows, gl.minimum(step, stop - 1))
+    live = step < stop
+    e_mask = ev_mask
+    n_mask = state_mask
+    if LIMITED:
+        live = live & (row < limit)
+        e_mask = ev_mask & live
+        n_mask = state_mask & live
+    g = gl.load(in_row(grad, g_at, row, g_step), mask=ev_mask & live, other=0.0)
+    ct = gl.load(in_row(c, c_at, row, c_step), mask=n_mask, other=0.0)
+    z_t = 0.0
+    added = ev_mask & live & later_direction
+    dz_left = 0.0
+    if z is not None:
+        z_t = gl.load(in_row(z, z_at, row, z_step), mask=e_mask, other=0.0)
+        dz_left = earlier(dz, dz_at, row, channels, added, ADDS[2])
+    du_left = earlier(du, du_at, row, channels, added, ADDS[0])
+    dd_left = earlier(ddelta, dd_at, row, channels, added, ADDS[1])
+    return row, g, ct, z_t, du_left, dd_left, dz_left
+
+
+@gluon.jit
 def first_of(a, b):
     return a
 
@@ -72,9 +99,6 @@ def scan_backward_shared_kernel(
     du,
     ddelta,
     dz,
-    du_sum,
-    ddelta_sum,
-    dz_sum,
     da,
     dbc,
     dskip,
@@ -151,6 +175,7 @@ def scan_backward_shared_kernel(
     As `triton_backward.scan_backward_kernel`, with a program and slots of dB and dC for every block of channels.
     """
     LANES: gl.constexpr = 32 * WARPS
+    ADDS: gl.constexpr = (ADD_U, ADD_DELTA, ADD_Z)
     GROUPS: gl.constexpr = CHANNELS // GROUP_CHANNELS
     GROUP_BLOCKS: gl.constexpr = (GROUP_CHANNELS + LANES - 1) // LANES
     TRIPS: gl.constexpr = CHUNK // UNROLL
@@ -192,7 +217,6 @@ def scan_backward_shared_kernel(
     last_column = gl.minimum(GROUP_CHANNELS - inside, LANES) - 1
     for k in range(first_direction, directions, direction_programs):
         k64 = k.to(gl.int64)
-        on = k < directions - 1  # another direction adds to what directions share
         order = orders
         if orders is not None:
             order = orders + k64 * length
@@ -242,14 +266,14 @@ def scan_backward_shared_kernel(
             c_at, c_step = address(c_near + state.to(gl.int64) * c_n), byte_count(c, c_l)
             du_at = address(du + row_batch * du_b + k64 * du_k + origin + ev)
             dd_at = address(ddelta + row_batch * dd_b + k64 * dd_k + origin + ev)
-            du_sum_at = address(du_sum + row_batch * du_b + origin + ev)
-            dd_sum = ddelta_sum
-            dd_sum_at = address(ddelta_sum + row_batch * dd_b + origin + ev)
+            z_at, z_step, dz_at = 0, 0, 0
             if z is not None:
                 z_near = z + row_batch * z_b + k64 * z_k + origin * z_e
                 z_at, z_step = address(z_near + ev * z_e), byte_count(z, z_l)
                 dz_at = address(dz + row_batch * dz_b + k64 * dz_k + origin + ev)
-                dz_sum_at = address(dz_sum + row_batch * dz_b + origin + ev)
+            late_from = (grad, c, z, du, ddelta, dz)
+            late_at = (g_at, g_step, c_at, c_step, z_at, z_step, du_at, dd_at, dz_at, CHANNELS)
+            masks = (ev_mask, state_mask, k64 > 0)
             slot = ((block * batch + row_batch) * directions + k64) * length
             dbc_at = address(dbc + (slot * GROUPS + group) * (2 * STATES) + pair)
             kept = saved + (row_batch * directions + k64) * chunks * (STATES * CHANNELS) + origin
@@ -319,6 +343,7 @@ def scan_backward_shared_kernel(
                     token_row = gl.minimum(base + own_token, stop - 1)
                     if orders is not None:
                         token_row = gl.load(order + token_row)
+                    lates = (step_inputs(base + UNROLL - 1, stop, rows, limit, masks, late_from, late_at, LIMITED, ADDS),)
                     steps = ()
                     before = ()
                     for i in gl.static_range(UNROLL):
@@ -334,85 +359,58 @@ def scan_backward_shared_kernel(
                             decayed = times_tile(exp2_tile(times_tile(to_tile(step), a2)), h)
                             h = times_plus_tile(fed, (bt, bt, bt, bt), decayed)
                     # What only the way back needs is loaded while the step behind it is computed.
-                    token_rows = ()
-                    gs = ()
-                    cs = ()
-                    zs = ()
-                    du_sums = ()
-                    dd_sums = ()
-                    dz_sums = ()
                     boths = ()
-                    for i in gl.static_range(UNROLL, -1, -1):
+                    for i in gl.static_range(UNROLL - 1, -1, -1):
                         if i > 0:
-                            row = of_step(rows, gl.minimum(base + i - 1, stop - 1))
-                            live = base + i - 1 < stop
-                            e_mask = ev_mask
-                            n_mask = state_mask
-                            if LIMITED:
-                                live = live & (row < limit)
-                                e_mask = ev_mask & live
-                                n_mask = state_mask & live
-                            token_rows = token_rows + (row,)
-                            gs = gs + (gl.load(in_row(grad, g_at, row, g_step), mask=ev_mask & live, other=0.0),)
-                            cs = cs + (gl.load(in_row(c, c_at, row, c_step), mask=n_mask, other=0.0),)
-                            if z is not None:
-                                zs = zs + (gl.load(in_row(z, z_at, row, z_step), mask=e_mask, other=0.0),)
-                            added = ev_mask & live & (k64 > 0)
-                            du_sums = du_sums + (earlier(du_sum, du_sum_at, row, CHANNELS, added, ADD_U),)
-                            dd_sums = dd_sums + (earlier(dd_sum, dd_sum_at, row, CHANNELS, added, ADD_DELTA),)
-                            if z is not None:
-                                dz_sums = dz_sums + (earlier(dz_sum, dz_sum_at, row, CHANNELS, added, ADD_Z),)
-                        if i < UNROLL:
-                            row = token_rows[UNROLL - 1 - i]  # the last step's came first
-                            g = gs[UNROLL - 1 - i].to(gl.float32)
-                            ct = state_row(cs[UNROLL - 1 - i].to(gl.float32), zeros)
-                            live = base + i < stop
-                            mask = ev_mask & live
-                            seen = live
-                            if LIMITED:
-                                seen = live & (row < limit)
-                            u_t = us[i].to(gl.float32)
-                            step = steps[i]
-                            if z is not None:
-                                z_t = zs[UNROLL - 1 - i].to(gl.float32)
-                                gate = sigmoid(z_t)
-                                y = sum_states(after, (ct, ct, ct, ct))
-                                if skip is not None:
-                                    y = y + skip_e * u_t
-                                dz_t = g * y * gate * (1.0 + z_t * (1.0 - gate))
-                                left = dz_sums[UNROLL - 1 - i]
-                                emit(dz_t, left, dz, dz_at, dz_sum, dz_sum_at, row, CHANNELS, mask, on, ADD_Z)
-                                g = g * z_t * gate
-                            g_tile = to_tile(g)
-                            adjoint = times_plus_tile(g_tile, (ct, ct, ct, ct), adjoint)
-                            db_t = sum_channels(to_tile(step * u_t), adjoint)
-                            dc_t = sum_channels(g_tile, after)
-                            both = gl.where(of_c, dc_t, db_t) + swapped(gl.where(of_c, db_t, dc_t), 4)
-                            boths = (both,) + boths
-                            bt = state_row(bs[i].to(gl.float32), zeros)
-                            along_b = sum_states(adjoint, (bt, bt, bt, bt))
-                            # `nothing` is zero, but unknown: a second exponential instead of a register
-                            step_tile = to_tile(step + nothing)
-                            decay = exp2_tile(times_tile(step_tile, a2))
-                            after = before[i]
-                            if i == 0:
-                                after = load_kept(scratch.index(trip + zero), TILE, WHOLE)
-                            adjoint = times_tile(adjoint, decay)
-                            flow = times_tile(adjoint, after)
-                            a_sum = times_plus_tile(step_tile, flow, a_sum)
-                            du_t = step * along_b
+                            late = step_inputs(base + i - 1, stop, rows, limit, masks, late_from, late_at, LIMITED, ADDS)
+                            lates = lates + (late,)
+                        row, g, ct, z_t, du_left, dd_left, dz_left = lates[UNROLL - 1 - i]  # the last step's came first
+                        g = g.to(gl.float32)
+                        ct = state_row(ct.to(gl.float32), zeros)
+                        live = base + i < stop
+                        mask = ev_mask & live
+                        seen = live
+                        if LIMITED:
+                            seen = live & (row < limit)
+                        u_t = us[i].to(gl.float32)
+                        step = steps[i]
+                        if z is not None:
+                            z_t = z_t.to(gl.float32)
+                            gate = sigmoid(z_t)
+                            y = sum_states(after, (ct, ct, ct, ct))
                             if skip is not None:
-                                du_t = du_t + skip_e * g
-                                skip_sum = skip_sum + g * u_t
-                            dd_t = sum_states(flow, a2) * LN2 + u_t * along_b
-                            if SOFTPLUS:
-                                dd_t = dd_t * sigmoid(biased(ds[i], bias_e, bias is not None))
-                            dd_t = gl.where(seen, dd_t, 0.0)
-                            bias_sum = bias_sum + dd_t
-                            left = du_sums[UNROLL - 1 - i]
-                            emit(du_t, left, du, du_at, du_sum, du_sum_at, row, CHANNELS, mask, on, ADD_U)
-                            left = dd_sums[UNROLL - 1 - i]
-                            emit(dd_t, left, ddelta, dd_at, dd_sum, dd_sum_at, row, CHANNELS, mask, on, ADD_DELTA)
+                                y = y + skip_e * u_t
+                            dz_t = g * y * gate * (1.0 + z_t * (1.0 - gate))
+                            emit(dz_t, dz_left, dz, dz_at, row, CHANNELS, mask)
+                            g = g * z_t * gate
+                        g_tile = to_tile(g)
+                        adjoint = times_plus_tile(g_tile, (ct, ct, ct, ct), adjoint)
+                        db_t = sum_channels(to_tile(step * u_t), adjoint)
+                        dc_t = sum_channels(g_tile, after)
+                        both = gl.where(of_c, dc_t, db_t) + swapped(gl.where(of_c, db_t, dc_t), 4)
+                        boths = (both,) + boths
+                        bt = state_row(bs[i].to(gl.float32), zeros)
+                        along_b = sum_states(adjoint, (bt, bt, bt, bt))
+                        # `nothing` is zero, but unknown: a second exponential instead of a register
+                        step_tile = to_tile(step + nothing)
+                        decay = exp2_tile(times_tile(step_tile, a2))
+                        after = before[i]
+                        if i == 0:
+                            after = load_kept(scratch.index(trip + zero), TILE, WHOLE)
+                        adjoint = times_tile(adjoint, decay)
+                        flow = times_tile(adjoint, after)
+                        a_sum = times_plus_tile(step_tile, flow, a_sum)
+                        du_t = step * along_b
+                        if skip is not None:
+                            du_t = du_t + skip_e * g
+                            skip_sum = skip_sum + g * u_t
+                        dd_t = sum_states(flow, a2) * LN2 + u_t * along_b
+                        if SOFTPLUS:
+                            dd_t = dd_t * sigmoid(biased(ds[i], bias_e, bias is not None))
+                        dd_t = gl.where(seen, dd_t, 0.0)
+                        bias_sum = bias_sum + dd_t
+                        emit(du_t, du_left, du, du_at, row, CHANNELS, mask)
+                        emit(dd_t, dd_left, ddelta, dd_at, row, CHANNELS, mask)
                     shares.store(gl.convert_layout(joined(boths), TRIP))
                     both = gl.sum(gl.reshape(shares.load(JOINED), [WARPS, 32, UNROLL]), 0)
                     both = gl.convert_layout(both, JOINED)

@@ -189,23 +189,19 @@ def activated(raw, seen, SOFTPLUS: gl.constexpr):
 
 
 @gluon.jit
-def earlier(partial, partial_at, row, CHANNELS, mask, ACCUMULATE: gl.constexpr):
-    """What the directions before this one added to a row."""
+def earlier(final, final_at, row, CHANNELS, mask, ACCUMULATE: gl.constexpr):
+    """What the directions before this one left in a row."""
     found = 0.0
     if ACCUMULATE:
-        found = load_float(in_row(partial, partial_at, row, byte_count(partial, CHANNELS)), mask)
+        found = load_float(in_row(final, final_at, row, byte_count(final, CHANNELS)), mask)
     return found
 
 
 @gluon.jit
-def emit(value, earlier, final, final_at, partial, partial_at, row, CHANNELS, mask, on, ACCUMULATE: gl.constexpr):
-    """Store a per-token gradient; ACCUMULATE adds what ``earlier`` directions left, and leaves it where ``on``."""
-    final_at = in_row(final, final_at, row, byte_count(final, CHANNELS))
-    if ACCUMULATE:
-        value = value + earlier
-        gl.store(in_row(partial, partial_at, row, byte_count(partial, CHANNELS)), value, mask=mask & on)
-        mask = mask & (on == 0)
-    gl.store(final_at, value.to(final.dtype.element_ty), mask=mask)
+def emit(value, earlier, final, final_at, row, CHANNELS, mask):
+    """Store a value per token and channel, with what ``earlier`` directions left."""
+    value = (value + earlier).to(final.dtype.element_ty)
+    gl.store(in_row(final, final_at, row, byte_count(final, CHANNELS)), value, mask=mask)
 
 
 @gluon.jit
