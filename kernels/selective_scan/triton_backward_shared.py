@@ -282,6 +282,11 @@ def scan_backward_shared_kernel(
             bottom = gl.maximum(low * CHUNK, first)
             top = gl.maximum(gl.minimum(high * CHUNK, end), bottom + 1)
             next_rows = chunk_rows(order, (high - 1) * CHUNK + lane, bottom, top)
+            base = gl.maximum((high - 1) * CHUNK, bottom)
+            at_rows = of_steps(next_rows, base, top - 1, UNROLL)
+            us = load_steps(u, u_at, at_rows, u_step, ev_mask, limit, LIMITED)
+            ds = load_steps(delta, d_at, at_rows, d_step, ev_mask, limit, LIMITED)
+            bs = load_steps(b, b_at, at_rows, b_step, state_mask, limit, LIMITED)
             for back in range(high - low):
                 chunk = high - 1 - back
                 rows = next_rows
@@ -289,10 +294,6 @@ def scan_backward_shared_kernel(
                 start = gl.maximum(chunk * CHUNK, first)
                 stop = gl.minimum((chunk + 1) * CHUNK, end)
                 trips = gl.cdiv(stop - start, UNROLL)
-                at_rows = of_steps(rows, start, stop - 1, UNROLL)
-                us = load_steps(u, u_at, at_rows, u_step, ev_mask, limit, LIMITED)
-                ds = load_steps(delta, d_at, at_rows, d_step, ev_mask, limit, LIMITED)
-                bs = load_steps(b, b_at, at_rows, b_step, state_mask, limit, LIMITED)
                 at_rows = of_steps(rows, start + gl.minimum(1, trips - 1) * UNROLL, stop - 1, UNROLL)
                 next_us = load_steps(u, u_at, at_rows, u_step, ev_mask, limit, LIMITED)
                 next_ds = load_steps(delta, d_at, at_rows, d_step, ev_mask, limit, LIMITED)
@@ -335,10 +336,6 @@ def scan_backward_shared_kernel(
                     trip = trips - 1 - trip_back
                     base = start + trip * UNROLL
                     h = load_kept(scratch.index(trip), TILE, WHOLE)
-                    at_rows = of_steps(rows, base, stop - 1, UNROLL)
-                    us = load_steps(u, u_at, at_rows, u_step, ev_mask, limit, LIMITED)
-                    ds = load_steps(delta, d_at, at_rows, d_step, ev_mask, limit, LIMITED)
-                    bs = load_steps(b, b_at, at_rows, b_step, state_mask, limit, LIMITED)
                     # rows of the steps whose dB and dC this warp joins, long before it needs them
                     token_row = gl.minimum(base + own_token, stop - 1)
                     if orders is not None:
@@ -361,6 +358,15 @@ def scan_backward_shared_kernel(
                     # What only the way back needs is loaded while the step behind it is computed.
                     boths = ()
                     for i in gl.static_range(UNROLL - 1, -1, -1):
+                        if i == 1:
+                            # The earlier trip's inputs, behind the first one those of the next chunk.
+                            late_rows = gl.where(trip > 0, rows, next_rows)
+                            late_rows = behind(late_rows, dd_t, zero)
+                            ahead = gl.where(trip > 0, base - UNROLL, gl.maximum((chunk - 1) * CHUNK, bottom))
+                            at_rows = of_steps(late_rows, ahead, stop - 1, UNROLL)
+                            next_us = load_steps(u, u_at, at_rows, u_step, ev_mask, limit, LIMITED)
+                            next_ds = load_steps(delta, d_at, at_rows, d_step, ev_mask, limit, LIMITED)
+                            next_bs = load_steps(b, b_at, at_rows, b_step, state_mask, limit, LIMITED)
                         if i > 0:
                             late = step_inputs(base + i - 1, stop, rows, limit, masks, late_from, late_at, LIMITED, ADDS)
                             lates = lates + (late,)
@@ -411,6 +417,9 @@ def scan_backward_shared_kernel(
                         bias_sum = bias_sum + dd_t
                         emit(du_t, du_left, du, du_at, row, CHANNELS, mask)
                         emit(dd_t, dd_left, ddelta, dd_at, row, CHANNELS, mask)
+                    us = next_us
+                    ds = next_ds
+                    bs = next_bs
                     shares.store(gl.convert_layout(joined(boths), TRIP))
                     both = gl.sum(gl.reshape(shares.load(JOINED), [WARPS, 32, UNROLL]), 0)
                     both = gl.convert_layout(both, JOINED)
