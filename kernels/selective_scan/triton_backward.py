@@ -96,12 +96,10 @@ def _activated(raw, bias_e, seen, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr
 
 
 @triton.jit
-def _emit(value, final_at, partial_at, mask, k64, directions, ACCUMULATE: tl.constexpr):
-    """Store a per-token gradient; ACCUMULATE adds the directions in float32 and stores the sum with the last one."""
+def _emit(value, final_at, mask, k64, ACCUMULATE: tl.constexpr):
+    """Store a per-token gradient; ACCUMULATE adds what the directions before this one left there."""
     if ACCUMULATE:
-        value = value + load_vector(partial_at, only(mask, k64 > 0))
-        tl.store(partial_at, value, mask=only(mask, k64 < directions - 1))
-        mask = only(mask, k64 == directions - 1)
+        value = value + load_vector(final_at, only(mask, k64 > 0))
     tl.store(final_at, value.to(final_at.dtype.element_ty), mask=mask)
 
 
@@ -258,9 +256,6 @@ def scan_backward_kernel(
     du,
     ddelta,
     dz,
-    du_sum,
-    ddelta_sum,
-    dz_sum,
     da,
     dbc,
     dskip,
@@ -435,18 +430,15 @@ def scan_backward_kernel(
                     c_shift = tl.multiple_of(c_shift, 8)
                 b_at = b + b_shift + nv * b_n
                 c_at = c + c_shift + nv * c_n
-                du_at = du + row_batch * du_b + k64 * du_k + (origin + zero) + ev
-                dd_at = ddelta + row_batch * dd_b + k64 * dd_k + (origin + zero) + ev
-                du_sum_near = du_sum + row_batch * du_b + (origin + zero)
-                du_sum_at = du_sum_near + ev
-                dd_sum_near = ddelta_sum + row_batch * dd_b + (origin + zero)
-                dd_sum_at = dd_sum_near + ev
+                du_near = du + row_batch * du_b + k64 * du_k + (origin + zero)
+                du_at = du_near + ev
+                dd_near = ddelta + row_batch * dd_b + k64 * dd_k + (origin + zero)
+                dd_at = dd_near + ev
                 if z is not None:
                     z_near = z + row_batch * z_b + k64 * z_k + (origin * z_e + zero)
                     z_at = z_near + ev * z_e
-                    dz_at = dz + row_batch * dz_b + k64 * dz_k + (origin + zero) + ev
-                    dz_sum_near = dz_sum + row_batch * dz_b + (origin + zero)
-                    dz_sum_at = dz_sum_near + ev
+                    dz_near = dz + row_batch * dz_b + k64 * dz_k + (origin + zero)
+                    dz_at = dz_near + ev
                 slot = ((block_program * batch + row_batch) * directions + k64) * length
                 dbc_near = dbc + (slot * GROUPS + group) * (2 * STATES)
                 dbc_at = dbc_near + pair
@@ -467,11 +459,11 @@ def scan_backward_kernel(
                         if z is not None:
                             prefetch(z_near, rows_near, z_l, z_e, columns, BLOCK)
                         if ADD_U:
-                            prefetch(du_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
+                            prefetch(du_near, rows_near, CHANNELS, 1, columns, BLOCK)
                         if ADD_DELTA:
-                            prefetch(dd_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
+                            prefetch(dd_near, rows_near, CHANNELS, 1, columns, BLOCK)
                         if ADD_Z:
-                            prefetch(dz_sum_near, rows_near, CHANNELS, 1, columns, BLOCK)
+                            prefetch(dz_near, rows_near, CHANNELS, 1, columns, BLOCK)
                         if AGAIN:
                             prefetch(dbc_near, rows_near, 2 * GROUPS * STATES, 1, 2 * STATES, 2 * NI * NL)
                         rows_near = steps_rows(order, (chunk - 1) * CHUNK + tl.arange(0, CHUNK), bottom, top, WIDE)
@@ -571,7 +563,7 @@ def scan_backward_kernel(
                                 if skip is not None:
                                     y = y + skip_e * us[i]
                                 dz_t = g * y * gate * (1.0 + zs[i] * (1.0 - gate))
-                                _emit(dz_t, dz_at + row, dz_sum_at + row, mask, k64, directions, ADD_Z)
+                                _emit(dz_t, dz_at + row, mask, k64, ADD_Z)
                                 g = g * zs[i] * gate
                             step = steps[i]
                             adjoint = adjoint + over_states(g) * over_channels(cs[i])
@@ -598,8 +590,8 @@ def scan_backward_kernel(
                                 dd_t = dd_t * sigmoid(raws[i])
                             dd_t = tl.where(seen[i], dd_t, 0.0)
                             bias_sum = bias_sum + dd_t
-                            _emit(du_t, du_at + row, du_sum_at + row, mask, k64, directions, ADD_U)
-                            _emit(dd_t, dd_at + row, dd_sum_at + row, mask, k64, directions, ADD_DELTA)
+                            _emit(du_t, du_at + row, mask, k64, ADD_U)
+                            _emit(dd_t, dd_at + row, mask, k64, ADD_DELTA)
                     tl.debug_barrier()  # the next chunk overwrites the scratch tiles
                 if dinitial is not None:
                     first_at = dinitial + (sk * CHANNELS + origin) * STATES + (et * STATES + nt)

@@ -72,11 +72,6 @@ def step_inputs(step, stop, rows, limit, masks, tensors, places, LIMITED: gl.con
     return row, g, ct, z_t, du_left, dd_left, dz_left
 
 
-@gluon.jit
-def first_of(a, b):
-    return a
-
-
 @gluon.jit(do_not_specialize=_RUNTIME)
 def scan_backward_shared_kernel(
     grad,
@@ -326,7 +321,7 @@ def scan_backward_shared_kernel(
                     ds = next_ds
                     bs = next_bs
                     next_base = start + gl.minimum(trip + 2, trips - 1) * UNROLL
-                    late_rows = behind(rows, gl.convert_layout(gl.reduce(h[3], 1, first_of), rows.type.layout), zero)
+                    late_rows = behind(rows, gl.sum(h[3], 1), zero)
                     at_rows = of_steps(late_rows, next_base, stop - 1, UNROLL)
                     next_us = load_steps(u, u_at, at_rows, u_step, ev_mask, limit, LIMITED)
                     next_ds = load_steps(delta, d_at, at_rows, d_step, ev_mask, limit, LIMITED)

@@ -81,7 +81,6 @@ def scan_forward_kernel(
     first_steps,
     borders,
     out,
-    partial,
     last,
     saved,
     carry,
@@ -148,7 +147,7 @@ def scan_forward_kernel(
 
     With OUTPUT: from the right initial state, writes results, checkpoints and the last state. Without: from zero,
     writes only the segment's last state (``carry``) and its sum of delta (``decay``); the last segment takes no part.
-    ACCUMULATE: this program takes the directions one after the other and adds them in ``partial``, float32.
+    ACCUMULATE: this program takes the directions one after the other and adds them in ``out``.
     """
     BLOCK: tl.constexpr = EC * EL
     GROUP_BLOCKS: tl.constexpr = (GROUP_CHANNELS + BLOCK - 1) // BLOCK
@@ -224,11 +223,9 @@ def scan_forward_kernel(
             if z is not None:
                 z_near = z + row_batch * z_b + k64 * z_k + (origin * z_e + zero)
                 z_at = z_near + ev * z_e
-            out_at = out + row_batch * out_b + k64 * out_k + (origin + zero) + ev
+            out_near = out + row_batch * out_b + k64 * out_k + (origin + zero)
+            out_at = out_near + ev
             kept = saved + (row_batch * directions + k64) * chunks * (STATES * CHANNELS) + (origin + zero)
-            if ACCUMULATE:
-                sum_near = partial + row_batch * out_b + (origin + zero)
-                sum_at = sum_near + ev
         total = tl.zeros([EC, EL], tl.float32)
 
         low = first // CHUNK + segment * segment_chunks
@@ -256,7 +253,7 @@ def scan_forward_kernel(
                         if z is not None:
                             prefetch(z_near, rows_ahead, z_l, z_e, columns, BLOCK)
                         if ACCUMULATE:
-                            prefetch(sum_near, rows_ahead, CHANNELS, 1, columns, BLOCK)
+                            prefetch(out_near, rows_ahead, CHANNELS, 1, columns, BLOCK)
                     rows_ahead = steps_rows(order, window + 2 * WINDOW + tl.arange(0, WINDOW), bottom, top, WIDE)
                 past = tl.minimum(window + WINDOW, stop)
                 for base in range(window, past, UNROLL):
@@ -288,7 +285,7 @@ def scan_forward_kernel(
                             if z is not None:
                                 zs = zs + (load_vector(z_at + row * z_l, e_mask),)
                             if ACCUMULATE:
-                                sums = sums + (load_vector(sum_at + row * CHANNELS, only(ev_mask, k64 > 0)),)
+                                sums = sums + (load_vector(out_at + row * CHANNELS, only(ev_mask, k64 > 0)),)
                     for i in tl.static_range(UNROLL):
                         step = ds[i]
                         if bias is not None:
@@ -306,8 +303,6 @@ def scan_forward_kernel(
                             mask = only(ev_mask, base + i < past)
                             if ACCUMULATE:
                                 y = y + sums[i]
-                                tl.store(sum_at + rows[i] * CHANNELS, y, mask=only(mask, k64 < directions - 1))
-                                mask = only(mask, k64 == directions - 1)
                             tl.store(out_at + rows[i] * CHANNELS, y.to(out.dtype.element_ty), mask=mask)
                         else:
                             total = total + step

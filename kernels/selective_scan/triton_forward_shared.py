@@ -142,7 +142,7 @@ def scan_segment(
     """Scan one segment of one sequence for one block of channels; CARRIED: from the state that the chain left it."""
     block, first_direction, segment, s = place
     u, delta, a, b, c, skip, z, bias, orders, initial, lengths, first_steps, borders = inputs
-    out, partial, last, saved, carry, decay = results
+    out, last, saved, carry, decay = results
     u_b, u_k, u_l, u_e = u_strides
     d_b, d_k, d_l, d_e = d_strides
     z_b, z_k, z_l, z_e = z_strides
@@ -206,7 +206,6 @@ def scan_segment(
     for k in range(first_direction, directions, direction_programs):
         k64 = k.to(gl.int64)
         sk = s * directions + k64
-        on = k < directions - 1  # another direction adds to the result
         order = orders
         if orders is not None:
             order = orders + k64 * length
@@ -235,7 +234,6 @@ def scan_segment(
         b_at = address(b + row_batch * b_b + k64 * b_k + group * b_g + nv.to(gl.int64) * b_n)
         c_at = address(c + row_batch * c_b + k64 * c_k + group * c_g + nv.to(gl.int64) * c_n)
         out_at = address(out + row_batch * out_b + k64 * out_k + origin + ev)
-        sum_at = address(partial + row_batch * out_b + origin + ev)
         z_at = 0
         if z is not None:
             z_at = address(z + row_batch * z_b + k64 * z_k + origin * z_e + ev * z_e)
@@ -296,7 +294,7 @@ def scan_segment(
                     c_rows = gl.load(in_row(c, c_at, next_fetch_rows, byte_count(c, c_l)), mask=n_mask, other=0.0)
                     late = (base - TRIP + token >= bottom) & (base - TRIP + token < stop)
                     zs = gate_rows(z, z_at, z_l, late_rows, ev_mask, lengths, limit)
-                    sums = earlier(partial, sum_at, late_rows, CHANNELS, ev_mask & late & (k64 > 0), ACCUMULATE)
+                    sums = earlier(out, out_at, late_rows, CHANNELS, ev_mask & late & (k64 > 0), ACCUMULATE)
                 after_rows = visited(order, base + 2 * TRIP + token, lowest, highest)
                 after_fetch_rows = visited(order, base + 2 * TRIP + fetched, lowest, highest)
 
@@ -315,7 +313,7 @@ def scan_segment(
                 if OUTPUT:
                     y = result(shares[(i + 1) % 2], late_us, zs, skip_e, skip is not None, z is not None)
                     mask = ev_mask & late
-                    emit(y, sums, out, out_at, partial, sum_at, late_rows, CHANNELS, mask, on, ACCUMULATE)
+                    emit(y, sums, out, out_at, late_rows, CHANNELS, mask)
                 step = activated(biased(ds, bias_e, bias is not None), seen, SOFTPLUS)
                 steps[(i + 1) % 2].store(step)
                 feds[(i + 1) % 2].store(step * next_us.to(gl.float32))
@@ -334,9 +332,9 @@ def scan_segment(
         if OUTPUT:
             late = (high * CHUNK - TRIP + token >= bottom) & (high * CHUNK - TRIP + token < stop)
             zs = gate_rows(z, z_at, z_l, late_rows, ev_mask, lengths, limit)
-            sums = earlier(partial, sum_at, late_rows, CHANNELS, ev_mask & late & (k64 > 0), ACCUMULATE)
+            sums = earlier(out, out_at, late_rows, CHANNELS, ev_mask & late & (k64 > 0), ACCUMULATE)
             y = result(shares[1], late_us, zs, skip_e, skip is not None, z is not None)
-            emit(y, sums, out, out_at, partial, sum_at, late_rows, CHANNELS, ev_mask & late, on, ACCUMULATE)
+            emit(y, sums, out, out_at, late_rows, CHANNELS, ev_mask & late)
             gl.store(
                 last + (sk * CHANNELS + origin) * STATES + (et * STATES + nt),
                 h,
@@ -365,7 +363,6 @@ def scan_forward_shared_kernel(
     first_steps,
     borders,
     out,
-    partial,
     last,
     saved,
     carry,
@@ -436,7 +433,7 @@ def scan_forward_shared_kernel(
         segment = segment + 1
     place = (block, first_direction, segment, (work // segment_programs).to(gl.int64))
     inputs = (u, delta, a, b, c, skip, z, bias, orders, initial, lengths, first_steps, borders)
-    results = (out, partial, last, saved, carry, decay)
+    results = (out, last, saved, carry, decay)
     us = (u_b, u_k, u_l, u_e)
     ds = (d_b, d_k, d_l, d_e)
     zs = (z_b, z_k, z_l, z_e)

@@ -156,10 +156,7 @@ def scan_forward(
     last = u.new_empty(sequences, directions, channels, states, dtype=torch.float32)
     plan = _forward_split(works * group_blocks, in_shared, directions, summed, chunks, cu_seqlens, segments, u.device)
     in_turn = summed and plan.direction_programs == 1
-    target = out
-    if summed and (not in_turn or out.dtype != torch.float32):
-        shape = (batch, length, channels) if in_turn else (batch, directions, length, channels)
-        target = u.new_empty(shape, dtype=torch.float32)
+    target = u.new_empty(batch, directions, length, channels) if summed and not in_turn else out
     if not sequences:
         return out, last, saved
 
@@ -185,8 +182,7 @@ def scan_forward(
             "lengths": lengths,
             "first_steps": first_steps(orders, cu_seqlens, length, directions),
             "borders": cu_seqlens,
-            "out": out if in_turn else target,
-            "partial": target,
+            "out": target,
             "last": last,
             "saved": saved,
             "carry": carry,
@@ -244,7 +240,7 @@ def scan_forward(
             _chain(carry, decay, a, None if in_shared else initial_state, reverse=False)
         launch(kernel, (programs * arguments["segment_programs"],), **arguments, OUTPUT=True)
         if target.ndim > out.ndim:
-            out = target.sum(1).to(out.dtype)
+            torch.sum(target, 1, out=out)
     return out, last, saved
 
 
@@ -456,25 +452,18 @@ class _Summed:
     """A gradient per token that directions may share: where the kernel writes it, and its sum over directions."""
 
     def __init__(self, x: Tensor | None, directions: int, direction_programs: int) -> None:
-        self.like, self.final, self.partial, self.in_turn, self.strides = x, None, None, False, (0, 0)
+        self.like, self.final, self.in_turn, self.strides = x, None, False, (0, 0)
         if x is None:
             return
         batch, own, length, channels = x.shape
-        shared = own < directions
-        self.in_turn = shared and direction_programs == 1
-        if shared and not self.in_turn:
-            self.final = x.new_empty((batch, directions, length, channels), dtype=torch.float32)
-        else:
-            self.final = x.new_empty(x.shape)
-        self.partial = self.final
-        if self.in_turn and x.dtype != torch.float32:
-            self.partial = x.new_empty(x.shape, dtype=torch.float32)
+        self.in_turn = own < directions and direction_programs == 1
+        self.final = x.new_empty(batch, 1 if self.in_turn else max(own, directions), length, channels)
         self.strides = (self.final.stride(0), 0 if self.final.shape[1] == 1 else self.final.stride(1))
 
     def result(self) -> Tensor | None:
         if self.like is None or self.final.shape == self.like.shape:
             return self.final
-        return self.final.sum(1, keepdim=True).to(self.like.dtype)
+        return self.final.sum(1, keepdim=True)
 
 
 @dataclasses.dataclass(frozen=True)
