@@ -24,6 +24,7 @@ from genssm.kernels.selective_scan.triton_shared_tiles import (
     exp2_tile,
     in_row,
     joined,
+    landed,
     load_float,
     load_kept,
     load_steps,
@@ -312,9 +313,9 @@ def scan_backward_shared_kernel(
                         live = base + i < stop
                         if LIMITED:
                             live = live & (of_step(rows, gl.minimum(base + i, stop - 1)) < limit)
-                        step = activated(biased(ds[i], bias_e, bias is not None), live, SOFTPLUS)
-                        fed = to_tile(step * us[i].to(gl.float32))
-                        bt = state_row(bs[i].to(gl.float32), zeros)
+                        step = activated(biased(landed(ds[i], delta), bias_e, bias is not None), live, SOFTPLUS)
+                        fed = to_tile(step * landed(us[i], u))
+                        bt = state_row(landed(bs[i], b), zeros)
                         decayed = times_tile(exp2_tile(times_tile(to_tile(step), a2)), h)
                         h = times_plus_tile(fed, (bt, bt, bt, bt), decayed)
                     us = next_us
@@ -342,12 +343,12 @@ def scan_backward_shared_kernel(
                         live = base + i < stop
                         if LIMITED:
                             live = live & (of_step(rows, gl.minimum(base + i, stop - 1)) < limit)
-                        step = activated(biased(ds[i], bias_e, bias is not None), live, SOFTPLUS)
+                        step = activated(biased(landed(ds[i], delta), bias_e, bias is not None), live, SOFTPLUS)
                         steps = steps + (step,)
                         before = before + (h,)
                         if i < UNROLL - 1:
-                            fed = to_tile(step * us[i].to(gl.float32))
-                            bt = state_row(bs[i].to(gl.float32), zeros)
+                            fed = to_tile(step * landed(us[i], u))
+                            bt = state_row(landed(bs[i], b), zeros)
                             decayed = times_tile(exp2_tile(times_tile(to_tile(step), a2)), h)
                             h = times_plus_tile(fed, (bt, bt, bt, bt), decayed)
                     # What only the way back needs is loaded while the step behind it is computed.
@@ -373,7 +374,7 @@ def scan_backward_shared_kernel(
                         seen = live
                         if LIMITED:
                             seen = live & (row < limit)
-                        u_t = us[i].to(gl.float32)
+                        u_t = landed(us[i], u)
                         step = steps[i]
                         if z is not None:
                             z_t = z_t.to(gl.float32)
@@ -390,7 +391,7 @@ def scan_backward_shared_kernel(
                         dc_t = sum_channels(g_tile, after)
                         both = gl.where(of_c, dc_t, db_t) + swapped(gl.where(of_c, db_t, dc_t), 4)
                         boths = (both,) + boths
-                        bt = state_row(bs[i].to(gl.float32), zeros)
+                        bt = state_row(landed(bs[i], b), zeros)
                         along_b = sum_states(adjoint, (bt, bt, bt, bt))
                         # `nothing` is zero, but unknown: a second exponential instead of a register
                         step_tile = to_tile(step + nothing)
@@ -407,7 +408,7 @@ def scan_backward_shared_kernel(
                             skip_sum = skip_sum + g * u_t
                         dd_t = sum_states(flow, a2) * LN2 + u_t * along_b
                         if SOFTPLUS:
-                            dd_t = dd_t * sigmoid(biased(ds[i], bias_e, bias is not None))
+                            dd_t = dd_t * sigmoid(biased(landed(ds[i], delta), bias_e, bias is not None))
                         dd_t = gl.where(seen, dd_t, 0.0)
                         bias_sum = bias_sum + dd_t
                         emit(du_t, du_left, du, du_at, row, CHANNELS, mask)

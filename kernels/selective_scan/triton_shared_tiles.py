@@ -122,11 +122,29 @@ def of_steps(rows, base, last, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def in_flight(x):
+    """What was loaded, in a register of its own: two halves in one would have to be there before the next trip."""
+    if x.dtype.primitive_bitwidth == 16:
+        x = gl.inline_asm_elementwise(
+            "cvt.u32.u16 $0, $1;", "=r,h", [x.to(gl.int16, bitcast=True)], dtype=gl.int32, is_pure=True, pack=1
+        )
+    return x
+
+
+@gluon.jit
+def landed(x, like):
+    """The float32 that `in_flight` kept of an element of ``like``."""
+    if like.dtype.element_ty.primitive_bitwidth == 16:
+        x = x.to(gl.int16).to(like.dtype.element_ty, bitcast=True)
+    return x.to(gl.float32)
+
+
+@gluon.jit
 def load_steps(like, address, rows, row_bytes, mask, limit, LIMITED: gl.constexpr):
-    """From each of some rows, as `load_seen`."""
+    """From each of some rows, as `load_seen`, kept as `in_flight`."""
     found = ()
     for i in gl.static_range(len(rows)):
-        found = found + (load_seen(like, address, rows[i], row_bytes, mask, limit, LIMITED),)
+        found = found + (in_flight(load_seen(like, address, rows[i], row_bytes, mask, limit, LIMITED)),)
     return found
 
 
