@@ -290,10 +290,6 @@ def scan_backward_shared_kernel(
                 start = gl.maximum(chunk * CHUNK, first)
                 stop = gl.minimum((chunk + 1) * CHUNK, end)
                 trips = gl.cdiv(stop - start, UNROLL)
-                at_rows = of_steps(rows, start + gl.minimum(1, trips - 1) * UNROLL, stop - 1, UNROLL)
-                next_us = load_steps(u, u_at, at_rows, u_step, ev_mask, limit, LIMITED)
-                next_ds = load_steps(delta, d_at, at_rows, d_step, ev_mask, limit, LIMITED)
-                next_bs = load_steps(b, b_at, at_rows, b_step, state_mask, limit, LIMITED)
                 prefetch_row(g_near, rows, g_step, g_e, last_column, 32)  # what only the way back reads
                 prefetch_row(c_near, rows, c_step, c_n, STATES - 1, 16)
                 if z is not None:
@@ -318,15 +314,16 @@ def scan_backward_shared_kernel(
                         bt = state_row(landed(bs[i], b), zeros)
                         decayed = times_tile(exp2_tile(times_tile(to_tile(step), a2)), h)
                         h = times_plus_tile(fed, (bt, bt, bt, bt), decayed)
+                        if i == 1:
+                            # Behind arithmetic, else what that waits for would wait for these loads as well.
+                            next_base = start + gl.minimum(trip + 1, trips - 1) * UNROLL
+                            at_rows = of_steps(behind(rows, gl.sum(h[3], 1), zero), next_base, stop - 1, UNROLL)
+                            next_us = load_steps(u, u_at, at_rows, u_step, ev_mask, limit, LIMITED)
+                            next_ds = load_steps(delta, d_at, at_rows, d_step, ev_mask, limit, LIMITED)
+                            next_bs = load_steps(b, b_at, at_rows, b_step, state_mask, limit, LIMITED)
                     us = next_us
                     ds = next_ds
                     bs = next_bs
-                    next_base = start + gl.minimum(trip + 2, trips - 1) * UNROLL
-                    late_rows = behind(rows, gl.sum(h[3], 1), zero)
-                    at_rows = of_steps(late_rows, next_base, stop - 1, UNROLL)
-                    next_us = load_steps(u, u_at, at_rows, u_step, ev_mask, limit, LIMITED)
-                    next_ds = load_steps(delta, d_at, at_rows, d_step, ev_mask, limit, LIMITED)
-                    next_bs = load_steps(b, b_at, at_rows, b_step, state_mask, limit, LIMITED)
                 after = h
                 for trip_back in range(trips):
                     trip = trips - 1 - trip_back
