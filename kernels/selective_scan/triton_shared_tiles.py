@@ -122,9 +122,9 @@ def of_steps(rows, base, last, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def in_flight(x):
-    """What was loaded, in a register of its own: two halves in one would have to be there before the next trip."""
-    if x.dtype.primitive_bitwidth == 16:
+def in_flight(x, like):
+    """An element of ``like`` in a register of its own: two in one would have to be there before the next trip."""
+    if like.dtype.element_ty.primitive_bitwidth == 16:
         x = gl.inline_asm_elementwise(
             "cvt.u32.u16 $0, $1;", "=r,h", [x.to(gl.int16, bitcast=True)], dtype=gl.int32, is_pure=True, pack=1
         )
@@ -144,7 +144,8 @@ def load_steps(like, address, rows, row_bytes, mask, limit, LIMITED: gl.constexp
     """From each of some rows, as `load_seen`, kept as `in_flight`."""
     found = ()
     for i in gl.static_range(len(rows)):
-        found = found + (in_flight(load_seen(like, address, rows[i], row_bytes, mask, limit, LIMITED)),)
+        x = load_seen(like, address, rows[i], row_bytes, mask, limit, LIMITED)
+        found = found + (in_flight(x, like),)
     return found
 
 
