@@ -59,8 +59,6 @@ _RUNTIME = [
     "c_b",
     "c_k",
     "a_k",
-    "a_e",
-    "a_n",
     "skip_k",
     "bias_k",
     "gl_s",
@@ -135,8 +133,6 @@ def scan_adjoint_kernel(
     c_g,
     c_n,
     a_k,
-    a_e,
-    a_n,
     bias_k,
     length,
     directions,
@@ -177,8 +173,6 @@ def scan_adjoint_kernel(
     nv_mask = below(nv, STATES, STATES == NI * NL)
     own = tile_offsets(CHANNELS, EC, NI, NL, EL)
     own_mask = tile_mask(inside, GROUP_CHANNELS, STATES, EC, NI, NL, EL)
-    et = tile_channels(EC, NL, EL)
-    nt = tile_states(NI, NL, EL)
     if WIDE:
         ev = ev.to(tl.int64)
 
@@ -188,7 +182,7 @@ def scan_adjoint_kernel(
     order = orders
     if orders is not None:
         order = orders + k64 * length
-    a2 = load_tile(a + k64 * a_k + origin * a_e + (et * a_e + nt * a_n), own_mask, EC, NI, NL, EL) * LOG2E
+    a2 = load_tile(a + k64 * a_k + (origin + zero) + own, own_mask, EC, NI, NL, EL) * LOG2E
     bias_e = 0.0
     if bias is not None:
         bias_e = load_vector(bias + k64 * bias_k + origin + ev, ev_mask)
@@ -294,8 +288,6 @@ def scan_backward_kernel(
     c_g,
     c_n,
     a_k,
-    a_e,
-    a_n,
     skip_k,
     bias_k,
     i_s,
@@ -387,7 +379,7 @@ def scan_backward_kernel(
             order = orders
             if orders is not None:
                 order = orders + k64 * length
-            a2 = load_tile(a + k64 * a_k + origin * a_e + (et * a_e + nt * a_n), own_mask, EC, NI, NL, EL) * LOG2E
+            a2 = load_tile(a + k64 * a_k + (origin + zero) + own, own_mask, EC, NI, NL, EL) * LOG2E
             # through memory into the layout of the scratch tiles, which all of the loop then takes
             store_tile(scratch_at, a2, all_lanes, EC * NI // NV, NV, NL, EL)
             tl.debug_barrier()
@@ -605,8 +597,8 @@ def scan_backward_kernel(
                     first_at = dinitial + (sk * CHANNELS + origin) * STATES + (et * STATES + nt)
                     store_tile(first_at, adjoint, only(own_mask, segment == 0), EC, NI, NL, EL)
             place = (work_program * directions + k64) * CHANNELS + origin
-            da_at = da + ((work_program * directions + k64) * CHANNELS + origin) * STATES
-            store_tile(da_at + (et * STATES + nt), a_sum, own_mask, EC, NI, NL, EL)
+            da_at = da + (work_program * directions + k64) * (STATES * CHANNELS) + (origin + zero)
+            store_tile(da_at + own, a_sum, own_mask, EC, NI, NL, EL)
             if bias is not None:
                 tl.store(dbias + place + ev, bias_sum, mask=ev_mask)
             if skip is not None:

@@ -127,8 +127,6 @@ def scan_backward_shared_kernel(
     c_g,
     c_n,
     a_k,
-    a_e,
-    a_n,
     skip_k,
     bias_k,
     i_s,
@@ -204,8 +202,7 @@ def scan_backward_shared_kernel(
     own_lane = gl.arange(0, 32, gl.SliceLayout(1, JOINED))[:, None]
     own_token = gl.arange(0, UNROLL, gl.SliceLayout(0, JOINED))[None, :]
     own_state = (own_lane >> 3) * 4 + (own_lane & 3)
-    plane = batch.to(gl.int64) * directions * length * (GROUPS * STATES)  # all of dB, behind it all of dC
-    own_place = own_state + ((own_lane >> 2) & 1) * plane
+    pair = own_state * 2 + ((own_lane >> 2) & 1)  # dB and dC side by side
     pair_mask = own_state < STATES
     inside = block * LANES
     origin = inside.to(gl.int64) + group * GROUP_CHANNELS
@@ -219,8 +216,7 @@ def scan_backward_shared_kernel(
         order = orders
         if orders is not None:
             order = orders + k64 * length
-        at = a + k64 * a_k + origin * a_e
-        a2 = load_tile(at, channel, a_e, a_n, inside, True, GROUP_CHANNELS, STATES)
+        a2 = load_tile(a + k64 * a_k + origin, channel, 1, CHANNELS, inside, True, GROUP_CHANNELS, STATES)
         a2 = (a2[0] * LOG2E, a2[1] * LOG2E, a2[2] * LOG2E, a2[3] * LOG2E)
         bias_e = 0.0
         if bias is not None:
@@ -274,8 +270,8 @@ def scan_backward_shared_kernel(
             late_from = (grad, c, z, du, ddelta, dz)
             late_at = (g_at, g_step, c_at, c_step, z_at, z_step, du_at, dd_at, dz_at, CHANNELS)
             masks = (ev_mask, state_mask, k64 > 0)
-            slot = ((2 * block * batch + row_batch) * directions + k64) * length
-            dbc_at = address(dbc + (slot * GROUPS + group) * STATES + own_place)
+            slot = ((block * batch + row_batch) * directions + k64) * length
+            dbc_at = address(dbc + (slot * GROUPS + group) * (2 * STATES) + pair)
             kept = saved + (row_batch * directions + k64) * chunks * (STATES * CHANNELS) + origin
             low = first // CHUNK + segment * segment_chunks
             high = gl.where(end > first, gl.minimum(low + segment_chunks, gl.cdiv(end, CHUNK)), low)
@@ -420,16 +416,16 @@ def scan_backward_shared_kernel(
                     shares.store(gl.convert_layout(joined(boths), TRIP))
                     both = gl.sum(gl.reshape(shares.load(JOINED), [WARPS, 32, UNROLL]), 0)
                     both = gl.convert_layout(both, JOINED)
-                    place = dbc_at + token_row.to(gl.int64) * byte_count(dbc, GROUPS * STATES)
-                    place = place.to(gl.pointer_type(dbc.dtype.element_ty), bitcast=True)
+                    place = dbc_at + token_row.to(gl.int64) * byte_count(dbc, 2 * GROUPS * STATES)
+                    place = place.to(gl.pointer_type(gl.float32), bitcast=True)
                     kept_token = base + own_token < stop
-                    gl.store(place, both.to(dbc.dtype.element_ty), mask=pair_mask & kept_token)
+                    gl.store(place, both, mask=pair_mask & kept_token)
             if dinitial is not None:
                 at = dinitial + (sk * CHANNELS + origin) * STATES
                 store_tile(adjoint, at, channel, STATES, 1, inside, segment == 0, GROUP_CHANNELS, STATES)
         place = (work_program * directions + k64) * CHANNELS + origin
-        at = da + place * STATES
-        store_tile(a_sum, at, channel, STATES, 1, inside, True, GROUP_CHANNELS, STATES)
+        at = da + (work_program * directions + k64) * (STATES * CHANNELS) + origin
+        store_tile(a_sum, at, channel, 1, CHANNELS, inside, True, GROUP_CHANNELS, STATES)
         if bias is not None:
             gl.store(dbias + place + ev, bias_sum, mask=ev_mask)
         if skip is not None:

@@ -47,8 +47,6 @@ _RUNTIME = [
     "c_b",
     "c_k",
     "a_k",
-    "a_e",
-    "a_n",
     "skip_k",
     "bias_k",
     "i_s",
@@ -110,8 +108,6 @@ def scan_forward_kernel(
     c_g,
     c_n,
     a_k,
-    a_e,
-    a_n,
     skip_k,
     bias_k,
     i_s,
@@ -206,7 +202,7 @@ def scan_forward_kernel(
         else:
             h = tl.zeros([EC, NI, NL, EL], tl.float32)
         # The last tile loaded decides the layout of the states: keep this load after that of the initial state.
-        a2 = load_tile(a + k64 * a_k + origin * a_e + (et * a_e + nt * a_n), own_mask, EC, NI, NL, EL) * LOG2E
+        a2 = load_tile(a + k64 * a_k + (origin + zero) + own, own_mask, EC, NI, NL, EL) * LOG2E
         if bias is not None:
             bias_e = load_vector(bias + k64 * bias_k + origin + ev, ev_mask)
         if OUTPUT & (skip is not None):
@@ -321,15 +317,13 @@ def scan_forward_kernel(
             tl.store(decay + place * CHANNELS + (origin + zero) + ev, total, mask=ev_mask)
 
 
-@triton.jit(do_not_specialize=["a_k", "a_e", "a_n", "i_s", "i_k", "directions", "segments"])
+@triton.jit(do_not_specialize=["a_k", "i_s", "i_k", "directions", "segments"])
 def chain_kernel(
     carry,
     decay,
     a,
     seed,
     a_k,
-    a_e,
-    a_n,
     i_s,
     i_k,
     i_e,
@@ -356,7 +350,7 @@ def chain_kernel(
     if seed is not None:
         natural = seed + (sk // directions) * i_s + k64 * i_k + e.to(tl.int64) * i_e + (own // CHANNELS) * i_n
         x = tl.load(natural, mask=mask, other=0.0).to(tl.float32)
-    a2 = tl.load(a + k64 * a_k + (e * a_e + own // CHANNELS * a_n), mask=mask, other=0.0) * LOG2E
+    a2 = tl.load(a + k64 * a_k + own, mask=mask, other=0.0) * LOG2E
     carry = carry + sk * segments * (STATES * CHANNELS) + own
     decay = decay + sk * segments * CHANNELS + e
     for base in range(0, segments, UNROLL):

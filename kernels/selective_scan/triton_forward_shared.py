@@ -149,7 +149,7 @@ def scan_segment(
     b_b, b_k, b_l, b_g, b_n = b_strides
     c_b, c_k, c_l, c_g, c_n = c_strides
     i_s, i_k, i_e, i_n = i_strides
-    a_k, a_e, a_n, skip_k, bias_k, out_b, out_k = k_strides
+    a_k, skip_k, bias_k, out_b, out_k = k_strides
     length, sequences, directions, direction_programs, segments, segment_chunks, chunks, zero = sizes
     BLOCK: gl.constexpr = 32  # channels, one to a lane
     NI: gl.constexpr = 16 // WARPS  # states of a lane
@@ -221,7 +221,7 @@ def scan_segment(
             h = load_float(initial + s * i_s + k64 * i_k + origin * i_e + (et * i_e + nt * i_n), own_mask)
         else:
             h = gl.full([WARPS, NI, BLOCK], 0.0, gl.float32, TILE)
-        a2 = load_float(a + k64 * a_k + origin * a_e + (et * a_e + nt * a_n), own_mask) * LOG2E
+        a2 = load_float(a + k64 * a_k + origin + own, own_mask) * LOG2E
         bias_e = 0.0
         if bias is not None:
             bias_e = load_float(bias + k64 * bias_k + origin + ev, ev_mask)
@@ -390,8 +390,6 @@ def scan_forward_shared_kernel(
     c_g,
     c_n,
     a_k,
-    a_e,
-    a_n,
     skip_k,
     bias_k,
     i_s,
@@ -442,7 +440,7 @@ def scan_forward_shared_kernel(
     bs = (b_b, b_k, b_l, b_g, b_n)
     cs = (c_b, c_k, c_l, c_g, c_n)
     hs = (i_s, i_k, i_e, i_n)
-    ks = (a_k, a_e, a_n, skip_k, bias_k, out_b, out_k)
+    ks = (a_k, skip_k, bias_k, out_b, out_k)
     sizes = (length, sequences, directions, direction_programs, segments, segment_chunks, chunks, zero)
     # fmt: off
     if OUTPUT:

@@ -161,7 +161,7 @@ def scan_forward(
         return out, last, saved
 
     with device_of(u):
-        a = A.float()
+        a = A.float().transpose(-1, -2).contiguous()  # (K, N, E)
         skip, bias = _rows(D), _rows(delta_bias)
         carry = decay = None
         if plan.segments > 1:
@@ -192,7 +192,7 @@ def scan_forward(
             **named("z", "bkle", strides(z, 4)),
             **named("b", "bklgn", b_strides),
             **named("c", "bklgn", c_strides),
-            **named("a", "ken", strides(a, directions=0)),
+            "a_k": strides(a, directions=0)[0],
             "skip_k": strides(skip, 2, directions=0)[0],
             "bias_k": strides(bias, 2, directions=0)[0],
             **named("i", "sken", strides(initial_state, 4)),
@@ -310,19 +310,14 @@ def scan_backward(
 
     per_token = [_Summed(x, directions, plan.direction_programs) for x in (u, delta, z)]
     new = functools.partial(u.new_empty, dtype=torch.float32)
-    da = new(work_programs, directions, channels, states)
-    rows = (batch, directions, length, groups, states)
-    if in_shared:  # which never adds to a slot: one more rounding of half types, beside that of the result
-        dbc = u.new_empty(block_programs, 2, *rows, dtype=B.dtype if B.dtype == C.dtype else torch.float32)
-    else:
-        dbc = new(block_programs, *rows, 2)
-    given = [x is not None for x in (D, delta_bias)]
-    per_channel = iter(new(sum(given), work_programs, directions, channels))
-    dskip, dbias = (next(per_channel) if x else None for x in given)
+    da = new(work_programs, directions, states, channels)
+    dbc = new(block_programs, batch, directions, length, groups, states, 2)
+    dskip = None if D is None else new(work_programs, directions, channels)
+    dbias = None if delta_bias is None else new(work_programs, directions, channels)
     dinitial = None if initial_state is None else new(sequences, directions, channels, states)
     if programs:
         with device_of(u):
-            a = A.float()
+            a = A.float().transpose(-1, -2).contiguous()  # (K, N, E)
             skip, bias = _rows(D), _rows(delta_bias)
             g = grad_out.unsqueeze(1) if reduce_sum else grad_out  # (Bt, 1 or K, L, E)
             b_strides, c_strides, last_strides = strides(B), strides(C), strides(grad_last_state, 4)
@@ -339,7 +334,7 @@ def scan_backward(
                 **named("d", "bkle", strides(delta)),
                 **named("z", "bkle", strides(z, 4)),
                 **named("c", "bklgn", c_strides),
-                **named("a", "ken", strides(a, directions=0)),
+                "a_k": strides(a, directions=0)[0],
                 "bias_k": strides(bias, 2, directions=0)[0],
                 "length": length,
                 "directions": directions,
@@ -414,11 +409,11 @@ def scan_backward(
                 arguments["PREFETCH"] = compiled_for_nvidia(u.device.type)
                 launch(scan_backward_kernel, (programs,), **arguments, **sizes)
     du, ddelta, dz = (x.result() for x in per_token)
-    dA = _shared(_total(da), A, 0)
-    dB, dC = _total(dbc).unbind(0 if in_shared else -1)
-    dB, dC = _shared(dB, B, 1), _shared(dC, C, 1)
-    dD = None if D is None else _shared(_total(dskip), D, 0)
-    ddelta_bias = None if delta_bias is None else _shared(_total(dbias), delta_bias, 0)
+    dA = _sum(da, A.shape[0]).transpose(-1, -2).to(A.dtype).contiguous()
+    dbc = dbc[0] if block_programs == 1 else dbc.sum(0)
+    dB, dC = (_sum(part[None], x.shape[1], 1).to(x.dtype).contiguous() for part, x in zip(dbc.unbind(-1), (B, C)))
+    dD = None if D is None else _sum(dskip, D.shape[0]).to(D.dtype)
+    ddelta_bias = None if delta_bias is None else _sum(dbias, delta_bias.shape[0]).to(delta_bias.dtype)
     dinitial = None if dinitial is None else dinitial.to(initial_state.dtype)
     return du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial
 
@@ -591,7 +586,7 @@ def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, reverse
         decay=decay,
         a=a,
         seed=seed,
-        **named("a", "ken", strides(a, directions=0)),
+        a_k=strides(a, directions=0)[0],
         **named("i", "sken", strides(seed, 4)),
         directions=directions,
         segments=segments,
@@ -604,14 +599,10 @@ def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, reverse
     )
 
 
-def _total(slots: Tensor) -> Tensor:
-    return slots[0] if slots.shape[0] == 1 else slots.sum(0)
-
-
-def _shared(total: Tensor, like: Tensor, dim: int) -> Tensor:
-    """Sum the directions (dimension ``dim``) where they share ``like``."""
-    total = total.sum(dim, keepdim=True) if like.shape[dim] < total.shape[dim] else total
-    return total.to(like.dtype).contiguous()
+def _sum(parts: Tensor, own: int, dim: int = 0) -> Tensor:
+    """Sum the slots (dimension 0), then the directions (``dim`` of the rest) where they are shared."""
+    total = parts[0] if parts.shape[0] == 1 else parts.sum(0)
+    return total.sum(dim, keepdim=True) if own < total.shape[dim] else total
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
