@@ -311,7 +311,8 @@ def scan_backward(
     per_token = [_Summed(x, directions, plan.direction_programs) for x in (u, delta, z)]
     new = functools.partial(u.new_empty, dtype=torch.float32)
     da = new(work_programs, directions, states, channels)
-    dbc = new(block_programs, batch, directions, length, groups, states, 2)
+    slots = new(block_programs, batch, plan.direction_programs, length, groups, states, 2)
+    dbc = new(batch, directions, length, groups, states, 2)
     dskip = None if D is None else new(work_programs, directions, channels)
     dbias = None if delta_bias is None else new(work_programs, directions, channels)
     dinitial = None if initial_state is None else new(sequences, directions, channels, states)
@@ -350,7 +351,7 @@ def scan_backward(
             }
             sizes = {
                 "ALIGNED": _aligned(b_strides, c_strides),
-                "WIDE": wide(u, delta, B, C, z, g, dbc),
+                "WIDE": wide(u, delta, B, C, z, g, slots),
                 "UNROLL": unroll,
                 **vars(tile),
                 **_OPTIONS,
@@ -378,7 +379,7 @@ def scan_backward(
                 "ddelta": per_token[1].final,
                 "dz": per_token[2].final,
                 "da": da,
-                "dbc": dbc,
+                "dbc": slots,
                 "dskip": dskip,
                 "dbias": dbias,
                 "dinitial": dinitial,
@@ -401,16 +402,19 @@ def scan_backward(
                 "ADD_Z": per_token[2].in_turn,
             }
             if in_shared:
+                kernel = _shared_kernel()
                 sizes = {**_OPTIONS, "num_warps": warps, "WARPS": warps, "UNROLL": _SHARED_TRIP}
-                launch(_shared_kernel(), (programs,), **arguments, **sizes)
             else:
+                kernel = scan_backward_kernel
                 arguments["scratch"] = new(programs, chunk // unroll, tile.channels * tile.NI * tile.NL)
                 arguments["block_programs"], arguments["AGAIN"] = block_programs, block_programs < group_blocks
                 arguments["PREFETCH"] = compiled_for_nvidia(u.device.type)
-                launch(scan_backward_kernel, (programs,), **arguments, **sizes)
+            # Directions that add up are launches one after the other, which take the same slots.
+            for first in range(0, directions, plan.direction_programs):
+                launch(kernel, (programs,), **arguments, first_direction=first, **sizes)
+                torch.sum(slots, 0, out=dbc.narrow(1, first, plan.direction_programs))
     du, ddelta, dz = (x.result() for x in per_token)
     dA = _sum(da, A.shape[0]).transpose(-1, -2).to(A.dtype).contiguous()
-    dbc = dbc[0] if block_programs == 1 else dbc.sum(0)
     dB, dC = (_sum(part[None], x.shape[1], 1).to(x.dtype).contiguous() for part, x in zip(dbc.unbind(-1), (B, C)))
     dD = None if D is None else _sum(dskip, D.shape[0]).to(D.dtype)
     ddelta_bias = None if delta_bias is None else _sum(dbias, delta_bias.shape[0]).to(delta_bias.dtype)
