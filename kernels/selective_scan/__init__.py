@@ -61,7 +61,8 @@ def selective_scan(
             the state passes over them, their outputs and gradients are zero.
         cu_seqlens: borders 0, ..., L of sequences packed into a batch of 1, (S + 1,), integers. Every order must visit
             each sequence in one go; the state starts anew at its first token. Not together with ``lengths``.
-        reduce: "sum" adds the directions in float32, "none" returns each.
+        reduce: "sum" adds the directions, "none" returns each. On a GPU half types are rounded after each direction, in
+            the result and in gradients of arguments that directions share.
         backend: "auto", "reference", "chunked", "compiled" or "triton"; see `genssm.kernels.dispatch`. Only
             "reference" can be differentiated twice; forward-mode derivatives are not supported by the others.
     Returns:
