@@ -126,7 +126,9 @@ def scan_backward_shared_kernel(
     work_programs,
     segments,
     segment_chunks,
-    chunks,
+    kept_b,
+    kept_k,
+    kept_c,
     zero,
     SOFTPLUS: gl.constexpr,
     SEGMENTED: gl.constexpr,
@@ -246,7 +248,7 @@ def scan_backward_shared_kernel(
                 dz_sum_at = address(dz_sum + row_batch * dz_b + origin + ev)
             slot = ((block * batch + row_batch) * directions + k64) * length
             dbc_at = address(dbc + (slot * GROUPS + group) * (2 * STATES) + pair)
-            kept = saved + (row_batch * directions + k64) * chunks * (STATES * CHANNELS) + origin
+            kept = saved + row_batch * kept_b + k64 * kept_k + origin
             low = first // CHUNK + segment * segment_chunks
             high = gl.where(end > first, gl.minimum(low + segment_chunks, gl.cdiv(end, CHUNK)), low)
             bottom = gl.maximum(low * CHUNK, first)
@@ -267,13 +269,13 @@ def scan_backward_shared_kernel(
                 prefetch_row(c_near, rows, c_step, c_n, STATES - 1, 16)
                 if z is not None:
                     prefetch_row(z_near, rows, z_step, z_e, last_column, 32)
-                whole = chunk * CHUNK >= first  # else a packed sequence starts inside this chunk
-                at = kept + chunk * (STATES * CHANNELS)
+                inner = chunk * CHUNK > first  # else the sequence starts in this chunk
+                at = kept + (chunk - 1) * kept_c.to(gl.int64)
                 own_channel = opaque(channel)  # addresses made anew for each chunk, else 32 that are spilled
-                h = load_tile(at, own_channel, 1, CHANNELS, inside, whole, GROUP_CHANNELS, STATES)
-                if (borders is not None) & (initial is not None):
+                h = load_tile(at, own_channel, 1, CHANNELS, inside, inner, GROUP_CHANNELS, STATES)
+                if initial is not None:
                     at = initial + s * i_s + k64 * i_k + origin * i_e
-                    more = load_tile(at, own_channel, i_e, i_n, inside, whole == 0, GROUP_CHANNELS, STATES)
+                    more = load_tile(at, own_channel, i_e, i_n, inside, inner == 0, GROUP_CHANNELS, STATES)
                     h = (h[0] + more[0], h[1] + more[1], h[2] + more[2], h[3] + more[3])
                 for trip in range(trips):
                     base = start + trip * UNROLL

@@ -1,7 +1,8 @@
 """Triton kernels of the scan's forward pass. Shapes as in `genssm.kernels.selective_scan`; tiles as in `triton_tiles`.
 
 steps    positions along an order; rows are the tokens' own positions
-chunk    CHUNK steps, counted from step 0 of the batch row; the state before each one is kept for the backward
+chunk    CHUNK steps, counted from step 0 of the batch row; the state before each one but a sequence's first is kept for
+         the backward
 segment  SEGMENT chunks of one sequence, scanned by its own program where channels alone do not fill the device
 block    EC * EL channels of one group
 """
@@ -240,9 +241,8 @@ def scan_forward_kernel(
             rows_ahead = steps_rows(order, bottom + WINDOW + tl.arange(0, WINDOW), bottom, top, WIDE)
         for chunk in range(low, high):
             if OUTPUT:
-                store_tile(
-                    kept + chunk * (STATES * CHANNELS) + own, h, only(own_mask, chunk * CHUNK >= first), EC, NI, NL, EL
-                )
+                at = kept + (chunk - 1) * (STATES * CHANNELS)
+                store_tile(at + own, h, only(own_mask, chunk * CHUNK > first), EC, NI, NL, EL)
             stop = tl.minimum((chunk + 1) * CHUNK, end)
             start = tl.maximum(chunk * CHUNK, first)
             next_rows = trip_rows(order, start, stop, WIDE, UNROLL)

@@ -278,7 +278,8 @@ def scan_segment(
         next_fetch_rows = visited(order, base + TRIP + fetched, lowest, highest)
         for chunk in range(low, high):
             if OUTPUT:
-                gl.store(kept + chunk * (STATES * CHANNELS) + own, h, mask=own_mask & (chunk * CHUNK >= first))
+                at = kept + (chunk - 1) * (STATES * CHANNELS)
+                gl.store(at + own, h, mask=own_mask & (chunk * CHUNK > first))
             for i in gl.static_range(TRIPS):
                 base = chunk * CHUNK + i * TRIP
                 # Loads: for the trip behind, and what only the end of the trip before needs.

@@ -18,6 +18,7 @@ from torch import Tensor
 from genssm.kernels.selective_scan.reference import directions_of
 from genssm.kernels.selective_scan.triton_backward import scan_adjoint_kernel, scan_backward_kernel
 from genssm.kernels.selective_scan.triton_forward import chain_kernel, scan_forward_kernel
+from genssm.kernels.selective_scan.triton_states import backward_in_parts
 from genssm.kernels.triton_launch import (
     compiled_for_nvidia,
     device_of,
@@ -33,6 +34,7 @@ from genssm.kernels.triton_launch import (
 )
 
 _NAME = "selective_scan"
+CHUNK = 32  # steps between two checkpoints
 _OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 _LANES = 32
 _WINDOW = 4  # steps that are prefetched at a time
@@ -74,17 +76,12 @@ class Tile:
         return -(-channels // self.channels)
 
 
-def chunk_steps(states: int) -> int:
-    """Steps between two checkpoints."""
-    return 32 if states <= 16 else 64 if states <= 64 else 128
-
-
 def saved_shape(
     batch: int, directions: int, length: int, channels: int, states: int, sequences: int
 ) -> tuple[int, int, int, int, int]:
-    """Shape of the checkpoints: the state before every `chunk_steps` steps of each order, (Bt, K, chunks, N, E)."""
-    chunk = chunk_steps(states)
-    return batch, directions, (length + chunk - 1) // chunk, states, channels
+    """Shape of the checkpoints: the state before every `CHUNK` steps of each order but the first, whose state is the
+    initial one, (Bt, K, chunks - 1, N, E)."""
+    return batch, directions, (length - 1) // CHUNK, states, channels
 
 
 def forward_tile(channels: int, states: int, block_e: int | None = None, state_lanes: int | None = None) -> Tile:
@@ -152,7 +149,7 @@ def scan_forward(
     block = _LANES if in_shared else tile.channels
     group_blocks = -(-(channels // groups) // block)
     saved = u.new_empty(saved_shape(batch, directions, length, channels, states, sequences), dtype=torch.float32)
-    chunks = saved.shape[2]
+    chunks = saved.shape[2] + 1
     last = u.new_empty(sequences, directions, channels, states, dtype=torch.float32)
     plan = _forward_split(works * group_blocks, in_shared, directions, summed, chunks, cu_seqlens, segments, u.device)
     in_turn = summed and plan.direction_programs == 1
@@ -209,7 +206,7 @@ def scan_forward(
             "segments": plan.segments,
             "segment_programs": plan.segments,
             "segment_chunks": plan.segment_chunks,
-            "chunks": chunks,
+            "chunks": saved.shape[2],
             "zero": 0,
             "SOFTPLUS": delta_softplus,
             "SEGMENTED": plan.segments > 1,
@@ -217,7 +214,7 @@ def scan_forward(
             "CHANNELS": channels,
             "GROUP_CHANNELS": channels // groups,
             "STATES": states,
-            "CHUNK": chunk_steps(states),
+            "CHUNK": CHUNK,
             **_OPTIONS,
         }
         if in_shared:
@@ -276,7 +273,7 @@ def scan_backward(
     """Gradients of `scan_forward`.
 
     Args:
-        block_e, state_lanes, unroll, segments: as in `scan_forward`. ``unroll`` divides `chunk_steps`.
+        block_e, state_lanes, unroll, segments: as in `scan_forward`. ``unroll`` divides `CHUNK`.
         block_programs: programs that share the blocks of a group, and slots of partial dB and dC. For measurements,
             all of them; all but ``segments`` are about the kernel that does without shared memory, and choose it.
     Returns:
@@ -288,10 +285,13 @@ def scan_backward(
     refuse_double(_NAME, u, delta, B, C, z)
     batch, _, length, channels = u.shape
     states, groups = A.shape[-1], B.shape[3]
-    chunk = chunk_steps(states)
-    _, directions, chunks, _, _ = saved.shape
+    directions, chunks = saved.shape[1], saved.shape[2] + 1
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     in_shared = block_e is state_lanes is unroll is block_programs is None and _shared_fits(u, delta, B, C, z, grad_out)
+    if in_shared and states > 16:
+        given = (grad_out, grad_last_state, saved, u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders)
+        given = (*given, initial_state, lengths, cu_seqlens, reduce_sum)
+        return backward_in_parts(functools.partial(scan_backward, segments=segments), *given)
     tile = backward_tile(states, block_e, state_lanes)
     unroll = unroll or 2
     warps = _SHARED_WARPS if in_shared else 1
@@ -344,13 +344,12 @@ def scan_backward(
                 "directions": directions,
                 "segments": plan.segments,
                 "segment_chunks": plan.segment_chunks,
-                "chunks": chunks,
                 "zero": 0,
                 "SOFTPLUS": delta_softplus,
                 "CHANNELS": channels,
                 "GROUP_CHANNELS": channels // groups,
                 "STATES": states,
-                "CHUNK": chunk,
+                "CHUNK": CHUNK,
             }
             sizes = {
                 "ALIGNED": _aligned(b_strides, c_strides),
@@ -394,6 +393,7 @@ def scan_backward(
                 "skip_k": strides(skip, 2, directions=0)[0],
                 **named("i", "sken", strides(initial_state, 4)),
                 **named("gl", "sken", last_strides),
+                **named("kept", "bkc", strides(saved)[:3]),
                 **named("du", "bk", per_token[0].strides),
                 **named("dd", "bk", per_token[1].strides),
                 **named("dz", "bk", per_token[2].strides),
@@ -411,7 +411,7 @@ def scan_backward(
                 sizes = {**_OPTIONS, "num_warps": warps, "WARPS": warps, "UNROLL": _SHARED_TRIP}
                 launch(_shared_kernel(), (programs,), **arguments, **sizes)
             else:
-                arguments["scratch"] = new(programs, chunk // unroll, tile.channels * tile.NI * tile.NL)
+                arguments["scratch"] = new(programs, CHUNK // unroll, tile.channels * tile.NI * tile.NL)
                 arguments["block_programs"], arguments["AGAIN"] = block_programs, block_programs < group_blocks
                 arguments["PREFETCH"] = compiled_for_nvidia(u.device.type)
                 launch(scan_backward_kernel, (programs,), **arguments, **sizes)
@@ -428,11 +428,12 @@ def scan_backward(
 def _shared_fits(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None, grad_out: Tensor) -> bool:
     """Whether the backward runs in `triton_backward_shared`; elsewhere `triton_backward` computes the same, slower.
 
-    For 9 to 16 states, offsets of 32 bits, and NVIDIA's devices whose multiprocessors have the shared memory for as
-    many programs as their registers allow; in the versions of Triton that are known to compile it: Gluon is young.
+    For 9 to 16 states, or more in parts (`triton_states`), offsets of 32 bits, and NVIDIA's devices whose
+    multiprocessors have the shared memory for as many programs as their registers allow; in the versions of Triton that
+    are known to compile it: Gluon is young.
     """
     return (
-        8 < B.shape[-1] <= 16
+        B.shape[-1] > 8
         and compiled_for_nvidia(u.device.type)
         and _shared_memory(u.device.index or 0) >= _SHARED_BYTES
         and not wide(u, delta, B, C, z, grad_out)
