@@ -44,6 +44,7 @@ from genssm.kernels.selective_scan.triton_tiles import (
     vector_channels,
     vector_states,
 )
+from genssm.kernels.triton_launch import TABLES
 
 _RUNTIME = [
     "g_b",
@@ -107,7 +108,7 @@ def _emit(value, final_at, partial_at, mask, k64, directions, ACCUMULATE: tl.con
     tl.store(final_at, value.to(final_at.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=TABLES)
 def scan_adjoint_kernel(
     grad,
     delta,
@@ -236,7 +237,7 @@ def scan_adjoint_kernel(
     tl.store(decay + place * CHANNELS + origin + ev, total, mask=ev_mask)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=TABLES)
 def scan_backward_kernel(
     grad,
     grad_last,

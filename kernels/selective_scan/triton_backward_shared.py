@@ -42,9 +42,10 @@ from genssm.kernels.selective_scan.triton_shared_tiles import (
     times_tile,
     to_tile,
 )
+from genssm.kernels.triton_launch import TABLES
 
 
-@gluon.jit(do_not_specialize=_RUNTIME)
+@gluon.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=TABLES)
 def scan_backward_shared_kernel(
     grad,
     grad_last,

@@ -34,6 +34,7 @@ from genssm.kernels.selective_scan.triton_tiles import (
     vector_channels,
     vector_states,
 )
+from genssm.kernels.triton_launch import TABLES
 
 # Lengths and batch sizes never enter a compiled kernel: not as a constant, not through their divisibility.
 _RUNTIME = [
@@ -66,7 +67,7 @@ _RUNTIME = [
 ]
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=TABLES)
 def scan_forward_kernel(
     u,
     delta,

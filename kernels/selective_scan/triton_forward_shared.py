@@ -31,6 +31,7 @@ from genssm.kernels.selective_scan.triton_shared_tiles import (
     load_float,
     sigmoid,
 )
+from genssm.kernels.triton_launch import TABLES
 
 
 @gluon.jit
@@ -350,7 +351,7 @@ def scan_segment(
             gl.store(decay + slot * CHANNELS + origin + ev, total, mask=ev_mask)
 
 
-@gluon.jit(do_not_specialize=_RUNTIME)
+@gluon.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=TABLES)
 def scan_forward_shared_kernel(
     u,
     delta,

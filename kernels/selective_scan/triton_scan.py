@@ -44,6 +44,7 @@ _BACKWARD_RESIDENT = 12  # programs of the backward on a multiprocessor
 _BACKWARD_REGISTERS = 168  # twelve programs on a multiprocessor are worth some spilled registers
 _FORWARD_ENOUGH, _BACKWARD_ENOUGH = 4, 6  # programs per multiprocessor from which on time is not split
 _FORWARD_FULL = 8  # programs per multiprocessor from which on the forward needs no smaller ones
+_FORWARD_LONG = 256  # tokens of a sequence from which on the forward in shared memory is not slower than the plain one
 _SHARING_WARPS = 4  # of a program of the forward in shared memory: they share the states of its channels
 _SHARING_TRIP = 16  # tokens of its trips
 _SHARING_RESIDENT, _SHARING_ENOUGH = 4, 2  # as above, of its programs
@@ -139,9 +140,11 @@ def scan_forward(
     summed = reduce_sum and directions > 1
     out = u.new_empty((batch, length, channels) if reduce_sum else (batch, directions, length, channels))
     works = sequences * groups
-    # Directions in turn, with their sums in memory, are faster in the plain kernel where its programs fill the device.
-    full = summed and works * channels // groups >= 2 * _LANES * _FORWARD_FULL * processors(u.device)
-    in_shared = block_e is state_lanes is unroll is None and not full and _forward_shares(u, delta, B, C, z, out)
+    # Where its programs fill the device the plain kernel is faster for directions in turn, with their sums in memory,
+    # and along few tokens: it walks no more than there are, and has less to prepare.
+    full = works * channels // groups >= 2 * _LANES * _FORWARD_FULL * processors(u.device)
+    plain = full and (summed or batch * length < _FORWARD_LONG * sequences)
+    in_shared = block_e is state_lanes is unroll is None and not plain and _forward_shares(u, delta, B, C, z, out)
     if block_e is None and state_lanes is None:
         block_e, state_lanes = _forward_sizes(works, channels // groups, states, directions, summed, u.device)
     tile = forward_tile(channels // groups, states, block_e, state_lanes)

@@ -55,7 +55,8 @@ def compile_for(kernel, arguments: dict, target: tuple):
         known = parameter.is_constexpr or value is None
         if isinstance(value, Tensor):
             signature[parameter.name] = "*" + TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            if not parameter.do_not_specialize_on_alignment:
+                attributes[(i,)] = [["tt.divisibility", 16]]
         elif known or (value == 1 and not parameter.do_not_specialize):
             signature[parameter.name] = "constexpr"
             constants[(i,)] = value
