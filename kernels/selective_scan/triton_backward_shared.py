@@ -249,7 +249,7 @@ def scan_backward_shared_kernel(
                 dz_sum_at = address(dz_sum + row_batch * dz_b + origin + ev)
             slot = ((block * batch + row_batch) * directions + k64) * length
             dbc_at = address(dbc + (slot * GROUPS + group) * (2 * STATES) + pair)
-            kept = saved + row_batch * kept_b + k64 * kept_k + origin
+            kept_at = address(saved + row_batch * kept_b + k64 * kept_k - kept_c + origin)
             low = first // CHUNK + segment * segment_chunks
             high = gl.where(end > first, gl.minimum(low + segment_chunks, gl.cdiv(end, CHUNK)), low)
             bottom = gl.maximum(low * CHUNK, first)
@@ -271,7 +271,7 @@ def scan_backward_shared_kernel(
                 if z is not None:
                     prefetch_row(z_near, rows, z_step, z_e, last_column, 32)
                 inner = chunk * CHUNK > first  # else the sequence starts in this chunk
-                at = kept + (chunk - 1) * kept_c.to(gl.int64)
+                at = in_row(saved, kept_at, chunk, byte_count(saved, kept_c))
                 own_channel = opaque(channel)  # addresses made anew for each chunk, else 32 that are spilled
                 h = load_tile(at, own_channel, 1, CHANNELS, inside, inner, GROUP_CHANNELS, STATES)
                 if initial is not None:

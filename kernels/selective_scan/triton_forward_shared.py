@@ -240,7 +240,7 @@ def scan_segment(
         z_at = 0
         if z is not None:
             z_at = address(z + row_batch * z_b + k64 * z_k + origin * z_e + ev * z_e)
-        kept = saved + (row_batch * directions + k64) * chunks * (STATES * CHANNELS) + origin
+        kept = saved + ((row_batch * directions + k64) * chunks - 1) * (STATES * CHANNELS) + origin
         total = gl.full([RUNS, BLOCK, RUN], 0.0, gl.float32, TOKENS)
 
         high = gl.cdiv(end, CHUNK) - (segments - segment - 1) * segment_chunks
@@ -279,8 +279,7 @@ def scan_segment(
         next_fetch_rows = visited(order, base + TRIP + fetched, lowest, highest)
         for chunk in range(low, high):
             if OUTPUT:
-                at = kept + (chunk - 1) * (STATES * CHANNELS)
-                gl.store(at + own, h, mask=own_mask & (chunk * CHUNK > first))
+                gl.store(kept + chunk * (STATES * CHANNELS) + own, h, mask=own_mask & (chunk * CHUNK > first))
             for i in gl.static_range(TRIPS):
                 base = chunk * CHUNK + i * TRIP
                 # Loads: for the trip behind, and what only the end of the trip before needs.
