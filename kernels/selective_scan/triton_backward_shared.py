@@ -150,7 +150,7 @@ def scan_work(
         dz_sum_at = address(dz_sum + row_batch * dz_b + origin + ev)
     slot = ((block * batch + row_batch) * directions + k64) * length
     dbc_at = address(dbc + (slot * GROUPS + group) * (2 * STATES) + pair)
-    kept_at = address(saved + row_batch * kept_b + k64 * kept_k - kept_c + origin)
+    kept_at = address(saved + (row_batch * kept_b + k64 * kept_k - kept_c + origin))
     low = first // CHUNK + segment * segment_chunks
     high = gl.where(end > first, gl.minimum(low + segment_chunks, gl.cdiv(end, CHUNK)), low)
     bottom = gl.maximum(low * CHUNK, first)
