@@ -78,7 +78,7 @@ def scan_work(
     k64, on, block, group, inside, origin = block_place
     channel, lane, ev, ev_mask, state, state_mask, of_c, own_token, pair, pair_mask, last_column = lanes
     scratch, shares = tiles
-    order, a2, bias_e, skip_e = direction
+    a2, bias_e, skip_e = direction
     a_sum, bias_sum, skip_sum = sums
     grad, grad_last, saved, carry, u, delta, b, c, skip, z, bias = inputs
     orders, initial, lengths, first_steps, borders = tables
@@ -105,6 +105,9 @@ def scan_work(
     JOINED: gl.constexpr = gl.BlockedLayout([1, UNROLL // WARPS], [32, 1], [1, WARPS], [1, 0])
     nothing = zero.to(gl.float32)
     zeros = gl.full([LANES, 4], 0.0, gl.float32, TILE)
+    order = orders
+    if orders is not None:
+        order = orders + k64 * length
     s = (work // segments).to(gl.int64)
     segment = work % segments
     sk = s * directions + k64
@@ -476,9 +479,6 @@ def scan_backward_shared_kernel(
     for k in range(first_direction, directions, direction_programs):
         k64 = k.to(gl.int64)
         on = k < directions - 1  # another direction adds to what directions share
-        order = orders
-        if orders is not None:
-            order = orders + k64 * length
         a2 = load_tile(a + k64 * a_k + origin, channel, 1, CHANNELS, inside, True, GROUP_CHANNELS, STATES)
         a2 = (a2[0] * LOG2E, a2[1] * LOG2E, a2[2] * LOG2E, a2[3] * LOG2E)
         bias_e = 0.0
@@ -496,7 +496,7 @@ def scan_backward_shared_kernel(
                 (k64, on, block, group, inside, origin),
                 lanes,
                 (scratch, shares),
-                (order, a2, bias_e, skip_e),
+                (a2, bias_e, skip_e),
                 (a_sum, bias_sum, skip_sum),
                 inputs,
                 tables,
