@@ -314,9 +314,10 @@ def scan_forward_kernel(
                             total = total + step
 
         if OUTPUT:
-            written = only(own_mask, segment == segments - 1)
-            place = last + (sk * CHANNELS + origin) * STATES
-            store_tile(place + (et * STATES + nt), h, written, EC, NI, NL, EL)
+            if last is not None:
+                written = only(own_mask, segment == segments - 1)
+                place = last + (sk * CHANNELS + origin) * STATES
+                store_tile(place + (et * STATES + nt), h, written, EC, NI, NL, EL)
         else:
             place = sk * segments + segment
             store_tile(carry + place * (STATES * CHANNELS) + (origin + zero) + own, h, own_mask, EC, NI, NL, EL)

@@ -300,11 +300,9 @@ def scan_direction(
         sums = earlier(partial, sum_at, late_rows, CHANNELS, ev_mask & late & (k64 > 0), ACCUMULATE)
         y = result(shares[1], late_us, zs, skip_e, skip is not None, z is not None)
         emit(y, sums, out, out_at, partial, sum_at, late_rows, CHANNELS, ev_mask & late, on, ACCUMULATE)
-        gl.store(
-            last + (sk * CHANNELS + origin) * STATES + (et * STATES + nt),
-            h,
-            mask=own_mask & (segment == segments - 1),
-        )
+        if last is not None:
+            at = last + (sk * CHANNELS + origin) * STATES + (et * STATES + nt)
+            gl.store(at, h, mask=own_mask & (segment == segments - 1))
     if HANDED_ON:  # behind the first segment, whose state is the right one, ``decay`` is zero
         slot = sk * segments + segment
         gl.store(carry + slot * (STATES * CHANNELS) + origin + own, h, mask=own_mask)

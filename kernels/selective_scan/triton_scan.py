@@ -116,6 +116,7 @@ def scan_forward(
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
     reduce_sum: bool,
+    return_last_state: bool = True,
     *,
     block_e: int | None = None,
     state_lanes: int | None = None,
@@ -128,7 +129,8 @@ def scan_forward(
         block_e, state_lanes, unroll, segments: channels of a program, lanes that share the states of a channel,
             tokens per trip, and pieces that time is split into; None takes the built-in choice. For measurements.
     Returns:
-        The result, the last state and the checkpoints (`saved_shape`); see `genssm.kernels.selective_scan.op`.
+        The result, the last state (empty where not wanted) and the checkpoints (`saved_shape`); see
+        `genssm.kernels.selective_scan.op`.
     Raises:
         ValueError: float64 inputs.
     """
@@ -153,7 +155,7 @@ def scan_forward(
     group_blocks = -(-(channels // groups) // block)
     saved = u.new_empty(saved_shape(batch, directions, length, channels, states, sequences), dtype=torch.float32)
     chunks = saved.shape[2] + 1
-    last = u.new_empty(sequences, directions, channels, states, dtype=torch.float32)
+    last = u.new_empty((sequences, directions, channels, states) if return_last_state else 0, dtype=torch.float32)
     plan = _forward_split(works * group_blocks, in_shared, directions, summed, chunks, cu_seqlens, segments, u.device)
     in_turn = summed and plan.direction_programs == 1
     target = out
@@ -187,7 +189,7 @@ def scan_forward(
             "borders": cu_seqlens,
             "out": out if in_turn else target,
             "partial": target,
-            "last": last,
+            "last": last if return_last_state else None,
             "saved": saved,
             "carry": carry,
             "decay": decay,
