@@ -151,12 +151,13 @@ class Mamba(DirectedMixer):
         )  # (B, K, L, E) or (B, L, E)
         delta, B, C = self._project_steps(x)
         A_log, D, dt_bias = (self.stacked(name) for name in ("A_log", "D", "dt_bias"))
-        y, ssm_last = selective_scan(
+        y = selective_scan(
             x, delta, -upcast(A_log).exp(), B, C, upcast(D), z,
             delta_bias=upcast(dt_bias), delta_softplus=True,
-            initial_state=ssm, return_last_state=True, **scan_over,
+            initial_state=ssm, return_last_state=state is not None, **scan_over,
         )  # (B, L, E), summed over directions  # fmt: skip
         if state is not None:
+            y, ssm_last = y
             with torch.no_grad():
                 conv.copy_(conv_last)
                 keep_state(ssm, ssm_last)

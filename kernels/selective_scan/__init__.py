@@ -84,7 +84,10 @@ def selective_scan(
     *tensors, bias, orders, initial_state, lengths, cu_seqlens = args
     args = (*tensors, bias, delta_softplus, orders, initial_state, lengths, cu_seqlens, reduce == "sum")
     chosen = dispatch.resolve(_NAME, backend, u)
-    out, last_state = scan_reference(*args) if chosen == "reference" else _op.scan(*args, chosen)
+    if chosen == "reference":
+        out, last_state = scan_reference(*args)
+    else:
+        out, last_state = _op.scan(*args, return_last_state, chosen)
     return (out, last_state) if return_last_state else out
 
 

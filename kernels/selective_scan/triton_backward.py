@@ -44,6 +44,7 @@ from genssm.kernels.selective_scan.triton_tiles import (
     vector_channels,
     vector_states,
 )
+from genssm.kernels.triton_launch import TABLES
 
 _RUNTIME = [
     "g_b",
@@ -80,7 +81,9 @@ _RUNTIME = [
     "work_programs",
     "segments",
     "segment_chunks",
-    "chunks",
+    "kept_b",
+    "kept_k",
+    "kept_c",
     "zero",
 ]
 
@@ -104,7 +107,7 @@ def _emit(value, final_at, mask, k64, ACCUMULATE: tl.constexpr):
     tl.store(final_at, value.to(final_at.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=TABLES)
 def scan_adjoint_kernel(
     grad,
     delta,
@@ -139,7 +142,6 @@ def scan_adjoint_kernel(
     directions,
     segments,
     segment_chunks,
-    chunks,
     zero,
     SOFTPLUS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -234,7 +236,7 @@ def scan_adjoint_kernel(
     tl.store(decay + place * CHANNELS + origin + ev, total, mask=ev_mask)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=TABLES)
 def scan_backward_kernel(
     grad,
     grad_last,
@@ -316,7 +318,9 @@ def scan_backward_kernel(
     work_programs,
     segments,
     segment_chunks,
-    chunks,
+    kept_b,
+    kept_k,
+    kept_c,
     zero,
     SOFTPLUS: tl.constexpr,
     SEGMENTED: tl.constexpr,
@@ -445,7 +449,8 @@ def scan_backward_kernel(
             dbc_near = dbc + (slot * GROUPS + group) * (2 * STATES)
             dbc_at = dbc_near + pair
 
-            kept = saved + (row_batch * directions + k64) * chunks * (STATES * CHANNELS) + (origin + zero)
+            kept = saved + row_batch * kept_b + k64 * kept_k + (origin + zero)
+            kept_step = tl.full([], 0, tl.int64) + kept_c
             low = first // CHUNK + segment * segment_chunks
             high = tl.minimum(low + segment_chunks, tl.cdiv(end, CHUNK))
             bottom = tl.maximum(low * CHUNK, first)
@@ -472,11 +477,12 @@ def scan_backward_kernel(
                 start = tl.maximum(chunk * CHUNK, first)
                 stop = tl.minimum((chunk + 1) * CHUNK, end)
                 trips = tl.cdiv(stop - start, UNROLL)
-                whole = chunk * CHUNK >= first  # else a packed sequence starts inside this chunk
-                h = load_tile(kept + chunk * (STATES * CHANNELS) + own, only(own_mask, whole), EC, NI, NL, EL)
-                if (borders is not None) & (initial is not None):
+                inner = chunk * CHUNK > first  # else the sequence starts in this chunk
+                at = kept + (chunk - 1) * kept_step
+                h = load_tile(at + own, only(own_mask, inner), EC, NI, NL, EL)
+                if initial is not None:
                     start_at = initial + s * i_s + k64 * i_k + origin * i_e + (et * i_e + nt * i_n)
-                    h = h + load_tile(start_at, only(own_mask, chunk * CHUNK < first), EC, NI, NL, EL)
+                    h = h + load_tile(start_at, only(own_mask, chunk * CHUNK <= first), EC, NI, NL, EL)
                 next_rows = trip_rows(order, start, stop, WIDE, UNROLL)
                 for trip in range(trips):
                     store_tile(scratch_at + trip * TILE, h, all_lanes, EC * NI // NV, NV, NL, EL)

@@ -1,7 +1,8 @@
 """Triton kernels of the scan's forward pass. Shapes as in `genssm.kernels.selective_scan`; tiles as in `triton_tiles`.
 
 steps    positions along an order; rows are the tokens' own positions
-chunk    CHUNK steps, counted from step 0 of the batch row; the state before each one is kept for the backward
+chunk    CHUNK steps, counted from step 0 of the batch row; the state before each one but a sequence's first is kept for
+         the backward
 segment  SEGMENT chunks of one sequence, scanned by its own program where channels alone do not fill the device
 block    EC * EL channels of one group
 """
@@ -33,6 +34,7 @@ from genssm.kernels.selective_scan.triton_tiles import (
     vector_channels,
     vector_states,
 )
+from genssm.kernels.triton_launch import TABLES
 
 # Lengths and batch sizes never enter a compiled kernel: not as a constant, not through their divisibility.
 _RUNTIME = [
@@ -65,7 +67,7 @@ _RUNTIME = [
 ]
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=TABLES)
 def scan_forward_kernel(
     u,
     delta,
@@ -237,9 +239,8 @@ def scan_forward_kernel(
             rows_ahead = steps_rows(order, bottom + WINDOW + tl.arange(0, WINDOW), bottom, top, WIDE)
         for chunk in range(low, high):
             if OUTPUT:
-                store_tile(
-                    kept + chunk * (STATES * CHANNELS) + own, h, only(own_mask, chunk * CHUNK >= first), EC, NI, NL, EL
-                )
+                at = kept + (chunk - 1) * (STATES * CHANNELS)
+                store_tile(at + own, h, only(own_mask, chunk * CHUNK > first), EC, NI, NL, EL)
             stop = tl.minimum((chunk + 1) * CHUNK, end)
             start = tl.maximum(chunk * CHUNK, first)
             next_rows = trip_rows(order, start, stop, WIDE, UNROLL)
@@ -308,9 +309,10 @@ def scan_forward_kernel(
                             total = total + step
 
         if OUTPUT:
-            written = only(own_mask, segment == segments - 1)
-            place = last + (sk * CHANNELS + origin) * STATES
-            store_tile(place + (et * STATES + nt), h, written, EC, NI, NL, EL)
+            if last is not None:
+                written = only(own_mask, segment == segments - 1)
+                place = last + (sk * CHANNELS + origin) * STATES
+                store_tile(place + (et * STATES + nt), h, written, EC, NI, NL, EL)
         else:
             place = sk * segments + segment
             store_tile(carry + place * (STATES * CHANNELS) + (origin + zero) + own, h, own_mask, EC, NI, NL, EL)

@@ -159,7 +159,12 @@ def opaque(x):
 def behind(x, y, zero):
     """``x``, computed after ``y``."""
     return gl.inline_asm_elementwise(
-        "{ .reg .b32 t; and.b32 t, $2, $3; add.s32 $0, $1, t; }", "=r,r,f,r", [x, y, zero], dtype=gl.int32, is_pure=False, pack=1
+        "{ .reg .b32 t; and.b32 t, $2, $3; add.s32 $0, $1, t; }",
+        "=r,r,f,r",
+        [x, y, zero],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
