@@ -123,6 +123,7 @@ def test_who_wins_from_where() -> None:
     assert set(next(models.winners([replace(row, problem="broken") for row in rows]))[3:]) == {""}
 
 
+@pytest.mark.slow
 def test_processes(tmp_path: Path) -> None:
     """Rows measured side by side come into the same table, in its order."""
     options = ["--models", "zigma:B/2", "--pixels", "64", "--processes", "2"]
