@@ -55,6 +55,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m genssm.kernels.causal_conv1d.benchmark
 	$(BIN)/python -m genssm.kernels.ssd.benchmark
 	$(BIN)/python -m genssm.kernels.add_norm.benchmark
+	$(BIN)/python -m genssm.kernels.gated_residual.benchmark
 	$(BIN)/python -m benchmarks.models
 
 clean:

@@ -10,6 +10,7 @@ from torch import Tensor
 from genssm.kernels.triton_launch import named, processors
 
 _LARGEST = 16384  # channels that a program can hold
+_AHEAD, _BUFFERS = 2, 32 * 1024  # tokens to fetch ahead, and the bytes that they may take
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -69,10 +70,16 @@ def warps(block: int, elements: int) -> int:
     return max(1, min(16, block // (32 * elements)))
 
 
+def stages(block: int, rows: dict[str, Tensor | None]) -> int:
+    """Of a loop over tokens whose rows of ``block`` channels are fetched ahead: one more than are on the way."""
+    size = block * sum(r.element_size() for r in rows.values() if r is not None)
+    return 1 + min(_AHEAD, _BUFFERS // size)
+
+
 def stretches(h: Tensor, wanted: int) -> int:
     """Into how many stretches of tokens each sample of ``h`` is cut, for ``wanted`` programs per multiprocessor."""
     batch, length, _ = h.shape
-    return max(1, min(length, triton.cdiv(wanted * processors(h.device), max(1, batch))))
+    return max(1, min(length, wanted * processors(h.device) // max(1, batch)))
 
 
 def of_token(vector: Tensor | None, length: int) -> bool:

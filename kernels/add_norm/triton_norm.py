@@ -16,6 +16,7 @@ from genssm.kernels.triton_rows import (
     of_token,
     rounded,
     row_arguments,
+    stages,
     stretches,
     sums,
     total,
@@ -95,7 +96,7 @@ def norm_backward_kernel(
     h_b, h_l, x_b, x_l, gate_b, gate_l, scale_b, scale_l, gh_b, gh_l, gy_b, gy_l, gn_b, gn_l,
     factor_b, factor_l, length, chunks,
     NORMED: tl.constexpr, GATE_OF_TOKEN: tl.constexpr, SHIFT_OF_TOKEN: tl.constexpr, SCALE_OF_TOKEN: tl.constexpr,
-    ADD_NORMED: tl.constexpr, LAYER: tl.constexpr, EPS: tl.constexpr,
+    STAGES: tl.constexpr, ADD_NORMED: tl.constexpr, LAYER: tl.constexpr, EPS: tl.constexpr,
     D: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A stretch of one sample's tokens; sums over them go to the program's own row."""
@@ -109,7 +110,7 @@ def norm_backward_kernel(
     offset = load_vector(bias, e, D) if bias is not None else 0.0
     zeros = tl.zeros([BLOCK], tl.float32)
     sum_gate, sum_weight, sum_bias, sum_shift, sum_scale = zeros, zeros, zeros, zeros, zeros
-    for i in range(tl.minimum(tokens, length - first)):
+    for i in tl.range(tl.minimum(tokens, length - first), num_stages=STAGES):
         l = first.to(tl.int64) + i
         at = (b * length + l) * D + e
         t = load_row(h, b, l, h_b, h_l, e, D, ALIGNED)
@@ -261,7 +262,8 @@ def norm_backward(
                 **common, dh=dh_in, dx=dx, dgate=dgate, dweight=dweight, dbias=dbias, dshift=dshift, dscale=dscale,
                 chunks=chunks, NORMED=TYPES[h.dtype if weight is None else weight.dtype],
                 GATE_OF_TOKEN=of_token(gate, length), SHIFT_OF_TOKEN=of_token(shift, length),
-                SCALE_OF_TOKEN=of_token(scale, length), num_warps=warps(common["BLOCK"], 8),
+                SCALE_OF_TOKEN=of_token(scale, length), STAGES=stages(common["BLOCK"], rows),
+                num_warps=warps(common["BLOCK"], 8),
             )  # fmt: skip
     parts = ((dgate, gate), (dweight, weight), (dbias, bias), (dshift, shift), (dscale, scale))
     found = (dx, *(total(part, like) for part, like in parts))

@@ -16,6 +16,7 @@ from genssm.kernels.triton_rows import (
     of_token,
     rounded,
     row_arguments,
+    stages,
     stretches,
     sums,
     total,
@@ -54,7 +55,7 @@ def residual_forward_kernel(
 def residual_backward_kernel(
     grad, x, gate, factor, dx, dgate, dskip,
     grad_b, grad_l, x_b, x_l, gate_b, gate_l, factor_b, factor_l, length, chunks,
-    GATE_OF_TOKEN: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    GATE_OF_TOKEN: tl.constexpr, STAGES: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A stretch of one sample's tokens; the sum over them goes to the program's own row."""
     program = tl.program_id(0)
@@ -64,7 +65,7 @@ def residual_backward_kernel(
     e = tl.arange(0, BLOCK)
     mask = e < D
     sum_gate = tl.zeros([BLOCK], tl.float32)
-    for i in range(tl.minimum(tokens, length - first)):
+    for i in tl.range(tl.minimum(tokens, length - first), num_stages=STAGES):
         l = first.to(tl.int64) + i
         at = (b * length + l) * D + e
         g = load_row(grad, b, l, grad_b, grad_l, e, D, ALIGNED)
@@ -120,7 +121,8 @@ def residual_backward(
         skipped: type of the gradient of the skip, which is empty for None.
     """
     batch, length, channels = dout.shape
-    common = row_arguments(_NAME, channels, {"grad": dout, "x": x, "gate": gate}, factor)
+    rows = {"grad": dout, "x": x, "gate": gate}
+    common = row_arguments(_NAME, channels, rows, factor)
     chunks = stretches(dout, _WANTED)
     dx = x.new_empty(x.shape)
     dskip = None if skipped is None else dout.new_empty(dout.shape, dtype=skipped)
@@ -137,6 +139,7 @@ def residual_backward(
                 length=length,
                 chunks=chunks,
                 GATE_OF_TOKEN=of_token(gate, length),
+                STAGES=stages(common["BLOCK"], rows),
                 num_warps=warps(common["BLOCK"], 8),
             )
     return dx, total(dgate, gate), dout.new_empty(0) if dskip is None else dskip
