@@ -70,6 +70,7 @@ JOBS = (
     Job("floor_zigma", "benchmarks.floor --models zigma:B/1 zigma:sweep2_b1_pe2 --tokens 32768"),
     Job("conv", f"genssm.kernels.causal_conv1d.benchmark {CAPTURED}", "genssm.kernels.causal_conv1d.benchmark"),
     Job("add_norm", f"genssm.kernels.add_norm.benchmark {CAPTURED}", "genssm.kernels.add_norm.benchmark"),
+    Job("gated_residual", f"genssm.kernels.gated_residual.benchmark {CAPTURED}", "genssm.kernels.gated_residual.benchmark"),
     Job("isolated_scans", "genssm.kernels.isolated_scans.benchmark", "genssm.kernels.isolated_scans.benchmark"),
     Job("mamba2_step", "genssm.kernels.mamba2_step.benchmark", "genssm.kernels.mamba2_step.benchmark"),
     Job("draw_token", "genssm.kernels.draw_token.benchmark", "genssm.kernels.draw_token.benchmark"),

@@ -95,6 +95,23 @@ def check_devices(op: str, device: torch.device, tensors: dict[str, Tensor | Non
             raise ValueError(f"{op}: {name} is on {x.device}, the first input on {device}; move it there")
 
 
+def check_of_tokens(op: str, name: str, vector: Tensor, main: str, h: Tensor, channels: str = "D") -> None:
+    """Beside ``h`` (B, L, D) a vector is (B or 1, L or 1, D), a number, with ``channels`` "1", (B or 1, L or 1, 1)."""
+    fits = h.ndim == vector.ndim == 3 and vector.shape[2] == (h.shape[2] if channels == "D" else 1)
+    if not fits or any(size not in (1, full) for size, full in zip(vector.shape[:2], h.shape[:2])):
+        raise ValueError(
+            f"{op}: {name} is {shape(vector)} beside {main} {shape(h)}, expected "
+            f"(B, 1, {channels}) or (B, L, {channels}) beside (B, L, D)"
+        )
+
+
+def check_factor(op: str, factor: Tensor, main: str, h: Tensor) -> None:
+    """A number of a sample or of a token, which nothing is learnt from."""
+    check_of_tokens(op, "factor", factor, main, h, channels="1")
+    if factor.requires_grad:
+        raise ValueError(f"{op}: factor requires a gradient, which it does not get; detach it")
+
+
 def check_visits(op: str, orders: Tensor | None, cu_seqlens: Tensor | None, length: int) -> None:
     """Check the values of ``orders`` and ``cu_seqlens`` where that costs no device synchronisation (on the CPU)."""
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
