@@ -44,7 +44,7 @@ class CustomOp:
         self.differentiable = type(self.name, (torch.autograd.Function,), methods)
 
     def __call__(self, *args):
-        if _watched():
+        if watched():
             return self.op(*args)
         recorded = False
         for x in args:
@@ -64,7 +64,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _BATCHED = torch._C._dispatch_key_parse("VmapMode")  # of batched gradients, which are no functorch transform
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether something wants to see operations: a compiler, a mode, a transform, a tracer, forward-mode derivatives.
 
     The compiler comes first, for which the rest does not exist.
