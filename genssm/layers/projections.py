@@ -136,7 +136,7 @@ class _StepsAndMaps(torch.autograd.Function):
         x, mapped, *weights = ctx.saved_tensors
         sets, outer = len(weights) // 2, _outermost(du)
         x, du, ddelta, *dmaps = (_outermost(t).reshape(sets, mapped.shape[1], -1) for t in (x, du, ddelta, *dmaps))
-        dmapped = torch.empty_like(mapped)
+        du, dmapped = du.contiguous(), torch.empty_like(mapped)
         for part, grad in zip(dmapped.split(ctx.sizes, dim=-1)[1:], dmaps):
             part.copy_(grad)
         dt, ddt = mapped[..., : ctx.sizes[0]], dmapped[..., : ctx.sizes[0]]
