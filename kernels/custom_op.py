@@ -74,10 +74,15 @@ def watched() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED)
+        or batched()
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )
+
+
+def batched() -> bool:
+    """Whether many gradients are asked for at once, ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED)
 
 
 def custom_op(name: str, schema: str | None = None, mutates: tuple[str, ...] = ()) -> Callable[[Callable], CustomOp]:

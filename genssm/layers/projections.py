@@ -5,14 +5,16 @@ weights of their own: each is a pass over all tokens. Here the products write in
 Compilers, transforms, adapters and hooks see the modules called instead (`bare`), which computes the same.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from genssm.kernels import dispatch
-from genssm.kernels.custom_op import watched
+from genssm.kernels.custom_op import batched, watched
 from genssm.layers.modulation import product_dtype
 
 # B batch, K directions, L tokens, E channels, R dt_rank, N d_state, S sets of weights (1 or K), M = K B L / S rows each
@@ -69,8 +71,15 @@ def steps_and_maps(
     if (several or torch.is_grad_enabled()) and bare(x, *x_projs, *dt_projs):
         weights = (module.weight for module in (*x_projs, *dt_projs))
         return _StepsAndMaps.apply(sizes, *_for_product(x, *weights))
+    return _one_by_one(x, x_projs, dt_projs, sizes)
+
+
+def _one_by_one(
+    x: torch.Tensor, x_projs: Sequence[Callable], dt_projs: Sequence[Callable], sizes: Sequence[int]
+) -> tuple[torch.Tensor, ...]:
+    """`steps_and_maps` in plain operations."""
     outer = _outermost(x)
-    if not several:
+    if len(x_projs) == 1:
         dt, *maps = x_projs[0](outer).split(sizes, dim=-1)
         return x, *(_outermost(part) for part in (dt_projs[0](dt), *maps))
     found = []
@@ -91,16 +100,25 @@ def _for_product(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensors if dtype is None else tuple(x.to(dtype) for x in tensors)
 
 
+def _differentiated(function: Callable, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> tuple:
+    """Gradients by autograd's own rules: of many results at once, which nothing can be written into."""
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        return torch.autograd.grad(function(*inputs), inputs, grads)
+
+
 class _Halves(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        return nn.functional.linear(x, weight).chunk(2, dim=-1)
+        return F.linear(x, weight).chunk(2, dim=-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         x, weight = ctx.saved_tensors
+        if batched():
+            return _differentiated(lambda x, w: F.linear(x, w).chunk(2, dim=-1), (x, weight), grads)
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # (M, E) each
         dx = dweight = None
         if ctx.needs_input_grad[0]:
@@ -135,6 +153,14 @@ class _StepsAndMaps(torch.autograd.Function):
     def backward(ctx, du, ddelta, *dmaps):
         x, mapped, *weights = ctx.saved_tensors
         sets, outer = len(weights) // 2, _outermost(du)
+        if batched():
+
+            def again(x, *weights):
+                projs = [functools.partial(F.linear, weight=weight) for weight in weights]
+                u, *found = _one_by_one(x, projs[:sets], projs[sets:], ctx.sizes)
+                return u.view_as(u), *found
+
+            return None, *_differentiated(again, (x, *weights), (du, ddelta, *dmaps))
         x, du, ddelta, *dmaps = (_outermost(t).reshape(sets, mapped.shape[1], -1) for t in (x, du, ddelta, *dmaps))
         du, dmapped = du.contiguous(), torch.empty_like(mapped)
         for part, grad in zip(dmapped.split(ctx.sizes, dim=-1)[1:], dmaps):

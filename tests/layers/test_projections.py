@@ -44,6 +44,16 @@ def watched(module: nn.Module) -> None:
     module.register_forward_hook(lambda *_: None)
 
 
+def graph_nodes(y: torch.Tensor) -> set[str]:
+    """Names of the nodes of autograd's graph of ``y``."""
+    names, todo = set(), [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        names.add(type(node).__name__)
+        todo += [following for following, _ in node.next_functions if following is not None]
+    return names
+
+
 def big_passes(call: Callable[[], object], least: int) -> list[tuple[str, list]]:
     """Operations of ``call`` that pass over tensors of ``least`` numbers and are no products."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
@@ -122,6 +132,20 @@ def test_halves(autocast: bool) -> None:
         watched(linear)
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=2e-2 if autocast else 1e-5, atol=3e-2 if autocast else 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_batched_gradients_are_those_one_by_one(bidirectional: bool) -> None:
+    torch.manual_seed(0)
+    mixer, h = Mamba(8, bidirectional=bidirectional, d_state=3).double(), torch.randn(2, 6, 8).double()
+    y, parameters = mixer(h), list(mixer.parameters())
+    assert {"_HalvesBackward", "_StepsAndMapsBackward"} <= graph_nodes(y)
+    grads = torch.randn(3, *y.shape, dtype=y.dtype)
+    found = torch.autograd.grad(y, parameters, grads, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(y, parameters, g, retain_graph=True) for g in grads]
+    for a, b in zip(found, zip(*one_by_one)):
+        torch.testing.assert_close(a, torch.stack(b))
 
 
 def test_frozen_parts_get_no_gradient() -> None:
