@@ -209,7 +209,5 @@ class Mamba(DirectedMixer):
 
     def _project_steps(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """x, delta before bias and softplus (..., E), B and C (..., N), with each direction's own projections."""
-        x_projs, dt_projs = (
-            [getattr(self, name + suffix) for suffix in self.suffixes] for name in ("x_proj", "dt_proj")
-        )
+        x_projs, dt_projs = ([getattr(self, name + suffix) for suffix in self.suffixes] for name in ("x_proj", "dt_proj"))
         return steps_and_maps(x, x_projs, dt_projs, (self.dt_rank, self.d_state, self.d_state))

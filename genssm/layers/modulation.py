@@ -183,22 +183,20 @@ class DropPath(nn.Module):
         keep = torch.tensor(1.0 - rate, device=table_device()) if rate else None
         self.keep = None if keep is None else nn.Buffer(keep, persistent=False)
 
-    def factors(self, x: torch.Tensor, packing: Packing | None = None) -> torch.Tensor | None:
-        """What samples of ``x`` (B, ...), or of the row (1, L, D) of a ``packing``, are multiplied by; None for 1.
+    def forward(
+        self, x: torch.Tensor, packing: Packing | None = None, *, stream: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Drop samples of ``x`` (B, ...), or of the row (1, L, D) of a ``packing``; the identity in evaluation mode.
 
-        (B, 1, ...) or (1, L, 1), float32, 0 or 1 / (1 - rate).
+        With ``stream``, float32 of the shape of ``x``: add what is left to it, without a pass over memory of its own.
         """
         if not self.training or self.keep is None:
-            return None
+            return x if stream is None else stream + x
         samples = x.shape[0] if packing is None else packing.cu_seqlens.shape[0] - 1
         draws = torch.rand((samples,) + (1,) * (x.dim() - 1), device=x.device)
         draws = draws if packing is None else packing.per_token(draws)
-        return (draws < self.keep) / self.keep
-
-    def forward(self, x: torch.Tensor, packing: Packing | None = None) -> torch.Tensor:
-        """Drop samples of ``x`` (B, ...), or of the row (1, L, D) of a ``packing``; the identity in evaluation mode."""
-        factors = self.factors(x, packing)
-        return x if factors is None else x * factors.to(x.dtype)
+        factor = ((draws < self.keep) / self.keep).to(x.dtype)
+        return x * factor if stream is None else torch.addcmul(stream, x, factor)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

@@ -13,7 +13,6 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
-from genssm.kernels.add_norm import gated_add
 from genssm.layers import (
     DenoiserOutput,
     LabelEmbedding,
@@ -106,7 +105,7 @@ class DiMBlock(nn.Module):
         if self.long_skip is not None:
             x = upcast(self.long_skip(x.to(self.norm.weight.dtype), skip))
         shift, scale, gate = (self.table + modulation).chunk(3, dim=1)  # (B, 1, D) each
-        return gated_add(x, self.mixer(self.norm(x, shift, scale), order), 1 + gate)
+        return x + (1 + gate) * self.mixer(self.norm(x, shift, scale), order)
 
 
 class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):

@@ -13,7 +13,6 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
-from genssm.kernels.add_norm import gated_add
 from genssm.layers import (
     DenoiserOutput,
     DropPath,
@@ -69,7 +68,7 @@ class Branch(nn.Module):
     def forward(self, x: torch.Tensor, conditioning: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         """Mix ``x`` (B, L, d), conditioned on SiLU(c) (B, D), along ``order`` (L,) or (2, L); returns (B, L, d)."""
         shift, scale, gate = self.modulation(conditioning, activated=True)  # (B, 1, d) each
-        return gated_add(x, self.mixer(modulate(x, shift, scale), order), gate)
+        return x + gate * self.mixer(modulate(x, shift, scale), order)
 
 
 class DiMSUMBlock(nn.Module):
@@ -151,7 +150,7 @@ class DiMSUMBlock(nn.Module):
         wide = (torch.cat([vector, zeros], dim=-1) for vector in (shift, scale))
         residual, y, u = _accumulate(self.norm, residual, self.drop_path(hidden_states), *wide)  # (B, L, D) each
         (y_1, y_2), (u_1, u_2) = y.chunk(2, dim=-1), u.chunk(2, dim=-1)  # (B, L, D/2) each
-        spatial = gated_add(u_1, self.spatial.mixer(y_1, order), gate)
+        spatial = u_1 + gate * self.spatial.mixer(y_1, order)
         if self.transform is None:
             frequency = self.frequency(u_2)
         else:
@@ -159,7 +158,7 @@ class DiMSUMBlock(nn.Module):
             frequency = self.transform(packed, grid, inverse=True)
         shift, scale, gate = self.modulation(conditioning, activated=True)
         v, y = self.norm_2(u, shift, scale, add=self.fusion(spatial, frequency))
-        return gated_add(v, self.mlp(y), gate), residual
+        return v + gate * self.mlp(y), residual
 
 
 class DiMSUMLinearBlock(nn.Module):
@@ -222,7 +221,7 @@ class DiMSUMLinearBlock(nn.Module):
             shift, scale, mlp_gate = mlp
             u, y = self.norm_2(u, shift, scale, add=y, gate=gate)
             y, gate = self.mlp(y), mlp_gate
-        u = gated_add(u, y, gate)
+        u = u + gate * y
         if self.transform is not None:
             u = self.transform(u, grid, inverse=True)
         return u, residual

@@ -14,7 +14,6 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
-from genssm.kernels.add_norm import gated_add
 from genssm.layers import (
     CrossAttention,
     DenoiserOutput,
@@ -122,7 +121,7 @@ class ZigMaBlock(nn.Module):
             shift, scale, cross_gate = cross
             x, y = self.cross_norm(x, shift, scale, add=y, gate=gate)
             y, gate = self.cross_attn(y, context, context_mask), cross_gate
-        return gated_add(hidden_states, y, gate, skip=x, factor=self.drop_path.factors(y, packing))  # (B, L, D)
+        return self.drop_path(x + gate * y, packing, stream=hidden_states)  # (B, L, D)
 
 
 class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):

@@ -1,13 +1,13 @@
-"""What stands between two mixers in one call each: residual update, norm, modulation; gated update. See README.md."""
+"""What stands between two mixers in one call: residual update, norm, modulation. See README.md here."""
 
 import torch
 from torch import Tensor
 
 from genssm.kernels import arguments, dispatch
 from genssm.kernels.add_norm import op as _op
-from genssm.kernels.add_norm.reference import add_norm_reference, gated_add_reference
+from genssm.kernels.add_norm.reference import add_norm_reference
 
-__all__ = ["add_norm", "gated_add"]
+__all__ = ["add_norm"]
 
 _NAME = "add_norm"
 _NORMS = ("rms", "layer")
@@ -64,65 +64,6 @@ def add_norm(
     run = _op.add_norm if chosen == "triton" else add_norm_reference
     h, y, n = run(hidden_states, *args, return_normed)
     return (h, y, n) if return_normed else (h, y)
-
-
-def gated_add(
-    stream: Tensor,
-    x: Tensor,
-    gate: Tensor,
-    *,
-    skip: Tensor | None = None,
-    factor: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Add a gated branch to a residual stream.
-
-        stream + factor (skip + gate x)
-
-    Types are those of the steps one by one; the Triton path rounds once, in the end. Letters: B batch, L tokens, D
-    channels.
-
-    Args:
-        stream: (B, L, D), any float type.
-        x: what the branch has made, (B, L, D).
-        gate: (B, 1, D) for all tokens of a sample or (B, L, D); B may be 1.
-        skip: added beside it, (B, L, D).
-        factor: of the branch, (B, 1, 1) for all tokens of a sample or (B, L, 1); B may be 1. Not differentiated.
-        backend: as of `add_norm`.
-    Returns:
-        (B, L, D).
-    Raises:
-        ValueError: shapes or devices disagree; the message names both sides.
-
-    Example:
-        >>> stream, x, gate = torch.randn(2, 16, 8), torch.randn(2, 16, 8), torch.randn(2, 1, 8)
-        >>> gated_add(stream, x, gate).shape
-        torch.Size([2, 16, 8])
-    """
-    given = {"x": x, "gate": gate, "skip": skip, "factor": factor}
-    arguments.check_devices("gated_add", stream.device, given)
-    if stream.ndim != 3 or not stream.dtype.is_floating_point:
-        raise ValueError(f"gated_add: stream is {arguments.shape(stream)} {stream.dtype}, expected floats (B, L, D)")
-    for name, tensor, width in (
-        ("x", x, None),
-        ("skip", skip, None),
-        ("gate", gate, stream.shape[2]),
-        ("factor", factor, 1),
-    ):
-        if tensor is not None and not _fits(tensor, stream, width):
-            raise ValueError(
-                f"gated_add: {name} is {arguments.shape(tensor)} beside a stream {arguments.shape(stream)}"
-            )
-    chosen = dispatch.resolve("gated_add", backend, stream)
-    run = _op.gated_add if chosen == "triton" else gated_add_reference
-    return run(stream, x, gate, skip, None if factor is None else factor.detach())
-
-
-def _fits(x: Tensor, stream: Tensor, width: int | None) -> bool:
-    """Whether ``x`` has the shape of the stream, or, with a ``width``, broadcasts over its samples or tokens."""
-    if width is None:
-        return x.shape == stream.shape
-    return x.ndim == 3 and x.shape[2] == width and all(n in (1, m) for n, m in zip(x.shape[:2], stream.shape[:2]))
 
 
 def _check(h, x, gate, weight, bias, shift, scale, norm: str) -> None:

@@ -1,5 +1,4 @@
-"""The Triton paths as torch custom ops, ``genssm::add_norm_fwd`` and ``_bwd``, ``genssm::gated_add_fwd`` and ``_bwd``,
-with fake and autograd rules."""
+"""The Triton path as torch custom ops, ``genssm::add_norm_fwd`` and ``_bwd``, with fake and autograd rules."""
 
 import torch
 from torch import Tensor
@@ -103,61 +102,3 @@ def add_norm(h: Tensor, x: Tensor | None, gate: Tensor | None, *rest) -> tuple[T
     new_h, y, n = add_norm_fwd(given, x, gate, weight, bias, shift, scale, layer, eps, dtype, own)
     y = y.view(shape)
     return h if x is None else new_h.view(shape), y, n.view(shape) if own else y if normed else None
-
-
-def branch_dtype(x: Tensor, gate: Tensor, skip: Tensor | None) -> torch.dtype:
-    """Type of skip + gate x."""
-    product = product_dtype(gate, x)
-    return product if skip is None else torch.promote_types(product, skip.dtype)
-
-
-@custom_op(
-    "genssm::gated_add_fwd", schema="(Tensor stream, Tensor x, Tensor gate, Tensor? skip, Tensor? factor) -> Tensor"
-)
-def gated_add(stream, x, gate, skip, factor):
-    from genssm.kernels.add_norm.triton_norm import gated_forward
-
-    return gated_forward(stream, x, gate, skip, factor)
-
-
-@custom_op(
-    "genssm::gated_add_bwd",
-    schema="(Tensor grad, Tensor x, Tensor gate, Tensor? factor, ScalarType? skip) -> (Tensor, Tensor, Tensor)",
-)
-def gated_add_bwd(grad, x, gate, factor, skip):
-    from genssm.kernels.add_norm.triton_norm import gated_backward
-
-    return gated_backward(grad, x, gate, factor, skip)
-
-
-@gated_add.register_fake
-def _(stream, x, gate, skip, factor):
-    dtype = torch.promote_types(stream.dtype, branch_dtype(x, gate, skip))
-    return stream.new_empty(stream.shape, dtype=dtype)
-
-
-@gated_add_bwd.register_fake
-def _(grad, x, gate, factor, skip):
-    dskip = x.new_empty(0) if skip is None else x.new_empty(x.shape, dtype=skip)
-    return x.new_empty(x.shape), gate.new_empty(gate.shape), dskip
-
-
-def _setup_gated(ctx, inputs, output) -> None:
-    stream, x, gate, skip, factor = inputs
-    ctx.save_for_backward(x, gate, factor)
-    ctx.stream_dtype, ctx.skip_dtype = stream.dtype, None if skip is None else skip.dtype
-
-
-def _gated_backward(ctx, grad: Tensor) -> tuple:
-    x, gate, factor = ctx.saved_tensors
-    # Without a factor the gradient of the skip is that of the result.
-    scaled = ctx.skip_dtype if factor is not None else None
-    dx, dgate, dskip = gated_add_bwd(grad, x, gate, factor, scaled)
-    if ctx.skip_dtype is None:
-        dskip = None
-    elif factor is None:
-        dskip = grad.to(ctx.skip_dtype)
-    return grad.to(ctx.stream_dtype), dx, dgate, dskip, None
-
-
-gated_add.register_autograd(_gated_backward, _setup_gated)

@@ -1,4 +1,4 @@
-"""Residual updates, norm and modulation composed in PyTorch: the definition, and the path of the CPU and of float64."""
+"""Residual update, norm and modulation composed in PyTorch: the definition, and the path of the CPU and of float64."""
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,3 @@ def add_norm_reference(
     n = n.to(h.dtype if weight is None else weight.dtype)
     y = n if scale is None else n * (1 + scale) + shift
     return h, y if dtype is None else y.to(dtype), n
-
-
-def gated_add_reference(stream: Tensor, x: Tensor, gate: Tensor, skip: Tensor | None, factor: Tensor | None) -> Tensor:
-    """stream + factor (skip + gate x)."""
-    branch = gate * x if skip is None else skip + gate * x
-    return stream + branch if factor is None else torch.addcmul(stream, branch, factor.to(branch.dtype))

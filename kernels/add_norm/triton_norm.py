@@ -1,4 +1,4 @@
-"""Residual updates, norm and modulation in Triton: one launch forward; one launch and short sums backward."""
+"""Residual update, norm and modulation in Triton: one launch forward; one launch and short sums backward."""
 
 # B batch, L tokens, D channels; a row is one token, and a program holds whole rows
 
@@ -7,13 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genssm.kernels.add_norm.op import branch_dtype, modulated_dtypes, product_dtype, stream_dtype
+from genssm.kernels.add_norm.op import modulated_dtypes, product_dtype, stream_dtype
 from genssm.kernels.triton_launch import device_of, launch, named, processors, refuse_double
 
-_NAME, _GATED = "add_norm", "gated_add"
+_NAME = "add_norm"
 _LARGEST = 16384  # channels that a program can hold
 _WANTED = 4  # programs of the backward per multiprocessor: each keeps sums over its tokens
-_WANTED_GATED = 16  # the same without a norm: fewer registers, and nothing to wait for but memory
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Nothing is compiled anew for another batch or length.
 _FORWARD = ["length", *(f"{name}_{dim}" for name in ("h", "x", "gate", "shift", "scale") for dim in "bl")]
@@ -22,8 +21,6 @@ _BACKWARD = [
     "chunks",
     *(f"{name}_{dim}" for name in ("h", "x", "gate", "scale", "gh", "gy", "gn") for dim in "bl"),
 ]
-_GATED_FORWARD = ["length", *(f"{name}_{dim}" for name in ("stream", "x", "gate", "skip", "factor") for dim in "bl")]
-_GATED_BACKWARD = ["length", "chunks", *(f"{name}_{dim}" for name in ("grad", "x", "gate", "factor") for dim in "bl")]
 
 
 @triton.jit
@@ -167,57 +164,6 @@ def norm_backward_kernel(
             tl.store(dscale + own, sum_scale, mask=mask)
 
 
-@triton.jit(do_not_specialize=_GATED_FORWARD)
-def gated_forward_kernel(
-    stream, x, gate, skip, factor, out,
-    stream_b, stream_l, x_b, x_l, gate_b, gate_l, skip_b, skip_l, factor_b, factor_l, length,
-    D: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One token."""
-    row = tl.program_id(0)
-    b, l = (row // length).to(tl.int64), (row % length).to(tl.int64)
-    e = tl.arange(0, BLOCK)
-    t = load_row(x, b, l, x_b, x_l, e, D, ALIGNED) * load_row(gate, b, l, gate_b, gate_l, e, D, ALIGNED)
-    if skip is not None:
-        t += load_row(skip, b, l, skip_b, skip_l, e, D, ALIGNED)
-    if factor is not None:
-        t *= tl.load(factor + b * factor_b + l * factor_l).to(tl.float32)
-    t += load_row(stream, b, l, stream_b, stream_l, e, D, ALIGNED)
-    tl.store(out + row.to(tl.int64) * D + e, t, mask=e < D)
-
-
-@triton.jit(do_not_specialize=_GATED_BACKWARD)
-def gated_backward_kernel(
-    grad, x, gate, factor, dx, dgate, dskip,
-    grad_b, grad_l, x_b, x_l, gate_b, gate_l, factor_b, factor_l, length, chunks,
-    GATE_OF_TOKEN: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A stretch of one sample's tokens; the sum for the gate goes to the program's own row."""
-    program = tl.program_id(0)
-    b = (program // chunks).to(tl.int64)
-    tokens = tl.cdiv(length, chunks)
-    first = (program % chunks) * tokens
-    e = tl.arange(0, BLOCK)
-    mask = e < D
-    sum_gate = tl.zeros([BLOCK], tl.float32)
-    for i in range(tl.minimum(tokens, length - first)):
-        l = first.to(tl.int64) + i
-        at = (b * length + l) * D + e
-        d = load_row(grad, b, l, grad_b, grad_l, e, D, ALIGNED)
-        if factor is not None:
-            d *= tl.load(factor + b * factor_b + l * factor_l).to(tl.float32)
-        if dskip is not None:
-            tl.store(dskip + at, d, mask=mask)
-        to_gate = d * load_row(x, b, l, x_b, x_l, e, D, ALIGNED)
-        if GATE_OF_TOKEN:
-            tl.store(dgate + at, to_gate, mask=mask)
-        else:
-            sum_gate += to_gate
-        tl.store(dx + at, d * load_row(gate, b, l, gate_b, gate_l, e, D, ALIGNED), mask=mask)
-    if not GATE_OF_TOKEN:
-        tl.store(dgate + program.to(tl.int64) * D + e, sum_gate, mask=mask)
-
-
 def norm_forward(
     h: Tensor,
     x: Tensor | None,
@@ -288,13 +234,21 @@ def norm_backward(
     Returns:
         Gradients of h, x, gate, weight, bias, shift and scale, in their types; empty where there are none.
     """
-    batch, length, _ = h.shape
+    batch, length, channels = h.shape
     rows = {"h": h, "x": x, "gate": gate, "scale": scale, "gh": dh, "gy": dy, "gn": dn}
     common = _arguments(h, rows, weight, bias, layer, eps)
-    chunks = _chunks(h, _WANTED)
+    chunks = max(1, min(length, triton.cdiv(_WANTED * processors(h.device), max(1, batch))))
+
+    def sums(vector: Tensor | None) -> Tensor | None:
+        if vector is None:
+            return None
+        if _of_token(vector, length):
+            return vector.new_empty(h.shape, dtype=torch.float32 if vector.shape[0] < batch else vector.dtype)
+        return vector.new_empty(batch, chunks, channels, dtype=torch.float32)
+
     dh_in = torch.empty_like(h, memory_format=torch.contiguous_format)
     dx = None if added is None else h.new_empty(h.shape, dtype=added)
-    dgate, dweight, dbias, dshift, dscale = (_sums(v, h, chunks) for v in (gate, weight, bias, shift, scale))
+    dgate, dweight, dbias, dshift, dscale = (sums(v) for v in (gate, weight, bias, shift, scale))
     if batch:
         with device_of(h):
             launch(
@@ -309,78 +263,14 @@ def norm_backward(
     return dh_in, *(h.new_empty(0) if d is None else d for d in found)
 
 
-def gated_forward(stream: Tensor, x: Tensor, gate: Tensor, skip: Tensor | None, factor: Tensor | None) -> Tensor:
-    """stream + factor (skip + gate x), (B, L, D) and contiguous.
-
-    Raises:
-        ValueError: float64 tensors, or more channels than a program can hold.
-    """
-    refuse_double(_GATED, stream, x, gate, skip, factor)
-    out = stream.new_empty(stream.shape, dtype=torch.promote_types(stream.dtype, branch_dtype(x, gate, skip)))
-    rows = {"stream": stream, "x": x, "gate": gate, "skip": skip, "factor": factor}
-    common = _row_arguments(_GATED, stream, rows)
-    if stream.shape[0] * stream.shape[1]:
-        with device_of(stream):
-            launch(
-                gated_forward_kernel, (stream.shape[0] * stream.shape[1],),
-                **common, out=out, num_warps=_warps(common["BLOCK"], 16),
-            )  # fmt: skip
-    return out
-
-
-def gated_backward(
-    grad: Tensor, x: Tensor, gate: Tensor, factor: Tensor | None, skip: torch.dtype | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, gate and skip, the last in the type ``skip``; empty where that is None."""
-    chunks = _chunks(x, _WANTED_GATED)
-    common = _row_arguments(_GATED, x, {"grad": grad, "x": x, "gate": gate, "factor": factor})
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dskip = None if skip is None else x.new_empty(x.shape, dtype=skip)
-    dgate = _sums(gate, x, chunks)
-    if x.shape[0]:
-        with device_of(x):
-            launch(
-                gated_backward_kernel, (x.shape[0] * chunks,),
-                **common, dx=dx, dgate=dgate, dskip=dskip, chunks=chunks,
-                GATE_OF_TOKEN=_of_token(gate, x.shape[1]), num_warps=_warps(common["BLOCK"], 8),
-            )  # fmt: skip
-    return dx, _total(dgate, gate), x.new_empty(0) if dskip is None else dskip
-
-
-def _chunks(h: Tensor, wanted: int) -> int:
-    """Stretches of a sample's tokens, for ``wanted`` programs per multiprocessor."""
-    return max(1, min(h.shape[1], triton.cdiv(wanted * processors(h.device), max(1, h.shape[0]))))
-
-
-def _sums(vector: Tensor | None, h: Tensor, chunks: int) -> Tensor | None:
-    """Where the gradient of a vector goes: a row of every token, or of every program its sum."""
-    batch, length, channels = h.shape
-    if vector is None:
-        return None
-    if _of_token(vector, length):
-        return vector.new_empty(h.shape, dtype=torch.float32 if vector.shape[0] < batch else vector.dtype)
-    return vector.new_empty(batch, chunks, channels, dtype=torch.float32)
-
-
 def _arguments(
     h: Tensor, rows: dict[str, Tensor | None], weight: Tensor | None, bias: Tensor | None, layer: bool, eps: float
 ) -> dict:
-    """What both kernels of the norm take."""
-    return {
-        **_row_arguments(_NAME, h, rows),
-        "weight": None if weight is None else weight.contiguous(),
-        "bias": None if bias is None else bias.contiguous(),
-        "LAYER": layer,
-        "EPS": eps,
-    }
-
-
-def _row_arguments(op: str, h: Tensor, rows: dict[str, Tensor | None]) -> dict:
-    """Rows and their strides. A row lies in one piece, whatever the strides; a size of 1 is shared (stride 0)."""
+    """What both kernels take. Rows lie in one piece, whatever their strides; a size of 1 is shared (stride 0)."""
     channels = h.shape[2]
     if channels > _LARGEST:
         raise ValueError(
-            f"{op}: {channels} channels, the triton backend takes up to {_LARGEST}; use backend='reference'"
+            f"{_NAME}: {channels} channels, the triton backend takes up to {_LARGEST}; use backend='reference'"
         )
     rows = {name: r if r is None or r.stride(2) == 1 else r.contiguous() for name, r in rows.items()}
     strides = {
@@ -389,9 +279,13 @@ def _row_arguments(op: str, h: Tensor, rows: dict[str, Tensor | None]) -> dict:
     }
     arguments = {
         **rows,
+        "weight": None if weight is None else weight.contiguous(),
+        "bias": None if bias is None else bias.contiguous(),
         "length": h.shape[1],
+        "LAYER": layer,
+        "EPS": eps,
         "D": channels,
-        "ALIGNED": channels % 8 == 0 and all(strides[k][d] % 8 == 0 for k in rows if k != "factor" for d in (0, 1)),
+        "ALIGNED": channels % 8 == 0 and all(stride % 8 == 0 for pair in strides.values() for stride in pair),
         "BLOCK": triton.next_power_of_2(channels),
     }
     for name, pair in strides.items():
