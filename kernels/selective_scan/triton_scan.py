@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from genssm.kernels.arguments import empty_gradient
 from genssm.kernels.selective_scan.reference import directions_of
 from genssm.kernels.selective_scan.triton_backward import scan_adjoint_kernel, scan_backward_kernel
 from genssm.kernels.selective_scan.triton_forward import chain_kernel, scan_forward_kernel
@@ -418,7 +419,8 @@ def scan_backward(
     du, ddelta, dz = (x.result() for x in per_token)
     dA = _sum(da, A.shape[0]).transpose(-1, -2).to(A.dtype).contiguous()
     dbc = dbc[0] if block_programs == 1 else dbc.sum(0)
-    dB, dC = (_sum(part[None], x.shape[1], 1).to(x.dtype).contiguous() for part, x in zip(dbc.unbind(-1), (B, C)))
+    sums = (_sum(part[None], x.shape[1], 1) for part, x in zip(dbc.unbind(-1), (B, C)))
+    dB, dC = (empty_gradient(x).copy_(total) for total, x in zip(sums, (B, C)))
     dD = None if D is None else _sum(dskip, D.shape[0]).to(D.dtype)
     ddelta_bias = None if delta_bias is None else _sum(dbias, delta_bias.shape[0]).to(delta_bias.dtype)
     dinitial = None if dinitial is None else dinitial.to(initial_state.dtype)
@@ -468,7 +470,7 @@ class _Summed:
         if shared and not self.in_turn:
             self.final = x.new_empty((batch, directions, length, channels), dtype=torch.float32)
         else:
-            self.final = x.new_empty(x.shape)
+            self.final = empty_gradient(x)
         self.partial = self.final
         if self.in_turn and x.dtype != torch.float32:
             self.partial = x.new_empty(x.shape, dtype=torch.float32)
