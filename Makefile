@@ -51,11 +51,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m genssm.kernels.selective_scan.benchmark
-	$(BIN)/python -m genssm.kernels.causal_conv1d.benchmark
-	$(BIN)/python -m genssm.kernels.ssd.benchmark
-	$(BIN)/python -m genssm.kernels.add_norm.benchmark
-	$(BIN)/python -m benchmarks.models
+	$(BIN)/python -m benchmarks.everything
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache *.egg-info

@@ -3,22 +3,29 @@
     python -m benchmarks.models                     the sizes of the papers on a GPU, small versions on a CPU
     python -m benchmarks.models --models zigma:B/2 dim:L-256 --modes eager compiled captured
     python -m benchmarks.models --models zigma:B/2 --pixels 256                  the shortest that compares
+    python -m benchmarks.models --pixels 256 512 1024 2048 --modes captured --equal --processes 4
 
 Inputs are latents of images (8 pixels to a latent). A batch holds ``--tokens`` tokens, so that every row works through
-the same number. The transformer is diffusers' DiTTransformer2DModel (scaled-dot-product attention). Weights stay
-float32; ``--dtype`` is the autocast type, as in training. Models run as they are (eager), with their blocks compiled,
-or captured: forward and backward pass as recorded CUDA graphs, which leaves the GPU's own time, without Python's. A
-ratio above 1 means faster than the transformer in the same mode. Where the memory does not suffice a cell is "-", and
-the table goes on; ``--tokens`` makes the batches smaller. A captured pass keeps its memory, so its peak is not
-measured.
+the same number. The transformer is diffusers' DiTTransformer2DModel (scaled-dot-product attention); ``--equal`` adds
+one with as many layers as bring its parameters nearest to the model's. Weights stay float32; ``--dtype`` is the
+autocast type, as in training. Models run as they are (eager), with their blocks compiled, or captured: forward and
+backward pass as recorded CUDA graphs, which leaves the GPU's own time, without Python's. A ratio above 1 means faster
+than the transformer of the same width and depth in the same mode; with several sizes, a second table says from which
+one on a model wins. ``--processes`` measures so many rows at a time, each process on a GPU of its own. Where the
+memory does not suffice a cell is "-", and the table goes on; ``--tokens`` makes the batches smaller. A captured pass
+keeps its memory, so its peak is not measured.
 """
 
 import argparse
 import gc
+import itertools
 import math
-from collections.abc import Callable, Iterator
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,20 +48,39 @@ HEAD = ("pixels", "batch x tokens", "model", "mode", "parameters", "forward ms",
         "forward MiB", "training MiB")  # fmt: skip
 
 
-@dataclass
-class Row:
-    """One measured model at one size; milliseconds, MiB beyond weights and inputs, NaN for what ran out of memory."""
+LABELS = {"model": "{}", "dit": "dit as {}", "equal": "dit of equal parameters as {}"}
+WINS = ("model wins", "against", "mode", "forward", "fwd+bwd", "forward memory", "training memory")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a row measures."""
 
     pixels: int
+    name: str  # NAME:PRESET
+    which: str  # a key of LABELS: that model, or a transformer beside it
+    mode: str
+
+    @property
+    def label(self) -> str:
+        """How the table calls it."""
+        return LABELS[self.which].format(self.name)
+
+
+@dataclass
+class Row:
+    """A measured case; milliseconds, MiB beyond weights and inputs, NaN for what ran out of memory or failed."""
+
+    case: Case
     batch: int
     tokens: int
-    name: str
-    mode: str
     parameters: int
-    forward: float
-    both: float
-    forward_memory: float | None
-    both_memory: float | None
+    forward: float = math.nan
+    both: float = math.nan
+    forward_memory: float | None = math.nan
+    both_memory: float | None = math.nan
+    problem: str = ""  # why it failed
+    seconds: float = 0.0  # until it was measured
 
 
 @dataclass(frozen=True)
@@ -67,19 +93,41 @@ class Size:
     side: int  # of the latents
 
 
+def parser(description: str, models: Sequence[str], gpu: str, cpu: str) -> argparse.ArgumentParser:
+    """The options of benchmarks of whole models; default models, and default pixels on a GPU and on a CPU."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--models", nargs="+", default=list(models), metavar="NAME:PRESET",
+                      help=f"default: {' '.join(models)}")  # fmt: skip
+    made.add_argument("--pixels", nargs="+", type=int, help=f"sides of images (default: {gpu}; CPU: {cpu})")
+    made.add_argument("--tokens", type=int, help="tokens in a batch (default: 8192; CPU: 1024)")
+    made.add_argument("--width", type=int, help="hidden_size (default: the presets'; CPU: 128)")
+    made.add_argument("--layers", type=int, help="num_layers (default: the presets'; CPU: 5)")
+    made.add_argument("--device", type=device_option, default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--dtype", choices=TYPES, help="autocast type (default: bfloat16; CPU: float32)")
+    made.add_argument("--csv", type=Path, help="also write the table to this file")
+    return made
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["zigma:B/2", "dimsum:L/2", "dim:L-256"], metavar="NAME:PRESET",
-                        help="default: zigma:B/2 dimsum:L/2 dim:L-256")  # fmt: skip
-    parser.add_argument("--pixels", nargs="+", type=int, help="sides of images (default: 256 512; CPU: 128 256)")
-    parser.add_argument("--tokens", type=int, help="tokens in a batch (default: 8192; CPU: 1024)")
-    parser.add_argument("--width", type=int, help="hidden_size (default: the presets'; CPU: 128)")
-    parser.add_argument("--layers", type=int, help="num_layers (default: the presets'; CPU: 5)")
-    parser.add_argument("--device", type=device_option, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=TYPES, help="autocast type (default: bfloat16; CPU: float32)")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager"], help="how models run (default: eager)")
-    parser.add_argument("--csv", type=Path, help="also write the table to this file")
-    return fill_in(parser.parse_args(arguments), GPU, CPU)
+    made = parser(__doc__, ("zigma:B/2", "dimsum:L/2", "dim:L-256"), "256 512", "128 256")
+    made.add_argument("--modes", nargs="+", choices=MODES, default=["eager"], help="how models run (default: eager)")
+    made.add_argument("--equal", action="store_true", help="also a transformer of equal parameters")
+    made.add_argument("--processes", type=int, default=1, metavar="N", help="rows at a time, GPU by GPU (default: 1)")
+    return fill_in(made.parse_args(arguments), GPU, CPU)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Find mistakes before the first model is timed.
+
+    Raises:
+        ValueError: a size or a model that there is not.
+    """
+    sizes = [side for side in args.pixels if side < PIXELS_PER_LATENT or side % PIXELS_PER_LATENT]
+    if sizes:
+        raise ValueError(f"--pixels {sizes[0]} is not a multiple of {PIXELS_PER_LATENT}, the pixels of a latent")
+    for name in args.models:
+        with torch.device("meta"):
+            build(name, None, args, args.pixels[0] // PIXELS_PER_LATENT)
 
 
 def build(name: str, size: Size | None, args: argparse.Namespace, side: int) -> tuple[torch.nn.Module, Size]:
@@ -104,27 +152,69 @@ def build(name: str, size: Size | None, args: argparse.Namespace, side: int) -> 
     return model, Size(config.hidden_size, config.num_layers, config.patch_size, side)
 
 
-def measure(
-    model: torch.nn.Module, batch: int, side: int, device: torch.device, dtype: torch.dtype | None, captured: bool
-) -> dict[str, float | None]:
-    """Times of a forward pass, and of one with its backward pass; their peak memory, unless they are captured."""
-    model = model.to(device).train()
-    inputs = torch.randn(batch, CHANNELS, side, side, device=device)
+def count(model: torch.nn.Module) -> int:
+    """Parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def equal_depth(parameters: int, size: Size, args: argparse.Namespace) -> int:
+    """Layers of the transformer of this width whose parameters come nearest to so many."""
+    one, two = (count(build("dit", replace(size, layers=n), args, size.side)[0]) for n in (1, 2))
+    return max(1 + round((parameters - one) / (two - one)), 1)
+
+
+def make(case: Case, args: argparse.Namespace) -> tuple[torch.nn.Module, Size]:
+    """The model of a case, in training, where it is measured, and its size."""
+    side = case.pixels // PIXELS_PER_LATENT
+    name, size = case.name, None
+    if case.which != "model":
+        with torch.device("meta"):
+            model, size = build(case.name, None, args, side)
+            if case.which == "equal":
+                size = replace(size, layers=equal_depth(count(model), size, args))
+        name = "dit"
+    torch.manual_seed(0)
+    with torch.device(args.device):  # where a large model has its initial weights soonest
+        model, size = build(name, size, args, side)
+    return model.to(args.device).train(), size
+
+
+def tokens_of(size: Size, args: argparse.Namespace) -> tuple[int, int]:
+    """Images of a batch and tokens of an image."""
+    tokens = (size.side // size.patch) ** 2
+    return max(args.tokens // tokens, 1), tokens
+
+
+def sample(batch: int, side: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents, times and labels of a batch."""
     times = torch.linspace(0, 999, batch, device=device).long()
     labels = torch.arange(batch, device=device) % CLASSES
-    leaves, spec = tree_flatten(((inputs, times, labels), {}))
-    recorded: list[ForwardGraph] = []
+    return torch.randn(batch, CHANNELS, side, side, device=device), times, labels
+
+
+def call_of(model: torch.nn.Module, device: torch.device, dtype: torch.dtype | None) -> Callable[..., torch.Tensor]:
+    """The model as a function of latents, times and labels, under autocast to ``dtype``."""
 
     def run(inputs: torch.Tensor, times: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
             return model(inputs, timestep=times, class_labels=labels, return_dict=False)[0]
 
+    return run
+
+
+def measure(
+    model: torch.nn.Module, batch: int, side: int, device: torch.device, dtype: torch.dtype | None, captured: bool
+) -> dict[str, float | None]:
+    """Times of a forward pass, and of one with its backward pass; their peak memory, unless they are captured."""
+    given, run = sample(batch, side, device), call_of(model, device, dtype)
+    leaves, spec = tree_flatten((given, {}))
+    recorded: list[ForwardGraph] = []
     trained = TrainingGraphs(run, model.parameters()) if captured else run
 
     @torch.no_grad()
     def forward() -> None:
         if not captured:
-            run(inputs, times, labels)
+            run(*given)
             return
         if not recorded:
             recorded.append(ForwardGraph(run, leaves, spec))
@@ -132,7 +222,7 @@ def measure(
 
     def both() -> None:
         model.zero_grad(set_to_none=True)
-        trained(inputs, times, labels).float().square().mean().backward()
+        trained(*given).float().square().mean().backward()
 
     def figure(of: Callable[..., float | None], call: Callable[[], None]) -> float | None:
         def measured() -> float | None:
@@ -154,29 +244,51 @@ def measure(
     }
 
 
+def measure_case(case: Case, args: argparse.Namespace) -> Row:
+    """One row."""
+    start, device = time.perf_counter(), torch.device(args.device)
+    model, size = make(case, args)
+    batch, tokens = tokens_of(size, args)
+    row = Row(case, batch, tokens, count(model))
+    if case.mode == "compiled":
+        torch.compiler.reset()  # models of a kind share what is compiled, and its limit of variants
+        _compile(model)
+    try:
+        found = measure(model, batch, size.side, device, TYPES[args.dtype], case.mode == "captured")
+        row = replace(row, **found)
+    except RuntimeError as error:  # of a compiler, for one; the other rows are wanted all the same
+        row.problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    del model
+    gc.collect()
+    return replace(row, seconds=time.perf_counter() - start)
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """Every model at every size, each followed by the transformers beside it, in each mode."""
+    kinds = [which for which in LABELS if which != "equal" or args.equal]
+    return [Case(*each) for each in itertools.product(args.pixels, args.models, kinds, args.modes)]
+
+
 def rows(args: argparse.Namespace) -> Iterator[Row]:
-    """Every model at every size, each followed by the transformer of its size, in each mode."""
-    device = torch.device(args.device)
-    for pixels in args.pixels:
-        side = pixels // PIXELS_PER_LATENT
-        for name in args.models:
-            size = None
-            for which in (name, "dit"):
-                for mode in args.modes:
-                    torch.manual_seed(0)
-                    with device:  # where a large model has its initial weights soonest
-                        model, size = build(which, size, args, side)
-                    tokens = (side // size.patch) ** 2
-                    batch = max(args.tokens // tokens, 1)
-                    if mode == "compiled":
-                        torch.compiler.reset()  # models of a kind share what is compiled, and its limit of variants
-                        _compile(model)
-                    parameters = sum(p.numel() for p in model.parameters())
-                    label = which if which != "dit" else f"dit as {name}"
-                    found = measure(model, batch, side, device, TYPES[args.dtype], mode == "captured")
-                    yield Row(pixels, batch, tokens, label, mode, parameters, **found)
-                    del model
-                    gc.collect()
+    """A row for each case, as they are done."""
+    if args.processes == 1:
+        yield from (measure_case(case, args) for case in cases(args))
+        return
+    context = multiprocessing.get_context("spawn")
+    places = context.Queue()
+    for place in range(args.processes):
+        places.put(place)
+    with ProcessPoolExecutor(args.processes, context, _settle, (places, args.device)) as pool:
+        longest_first = sorted(cases(args), key=lambda case: case.mode != "compiled")
+        for done in as_completed([pool.submit(measure_case, case, args) for case in longest_first]):
+            yield done.result()
+
+
+def _settle(places: multiprocessing.Queue, device: str) -> None:
+    """Take a GPU for this process."""
+    place = places.get()
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(place % torch.cuda.device_count())
 
 
 def _compile(model: torch.nn.Module) -> None:
@@ -188,45 +300,73 @@ def _compile(model: torch.nn.Module) -> None:
             block.compile(fullgraph=True)
 
 
-def lines(found: list[Row]) -> list[tuple[str, ...]]:
+def lines(found: Sequence[Row]) -> list[tuple[str, ...]]:
     """Cells of the table; ratios to the transformer of the same size in the same mode."""
-    table, base = [], {}
+    table, by_case = [], {row.case: row for row in found}
     for row in found:
-        if row.name.startswith("dit as "):
-            base[row.pixels, row.mode, row.name.removeprefix("dit as ")] = row
-    for row in found:
-        other = base[row.pixels, row.mode, row.name.removeprefix("dit as ")]
+        case, other = row.case, by_case[replace(row.case, which="dit")]
         memory = ("" if m is None else f"{m:,.0f}" for m in (row.forward_memory, row.both_memory))
+        ratios = (f"{other.forward / row.forward:.2f}", f"{other.both / row.both:.2f}")
         cells = (
-            str(row.pixels), f"{row.batch} x {row.tokens}", row.name, row.mode, f"{row.parameters / 1e6:.1f} M",
-            f"{row.forward:.1f}", f"{row.both:.1f}", f"{other.forward / row.forward:.2f}",
-            f"{other.both / row.both:.2f}", *memory,
+            str(case.pixels), f"{row.batch} x {row.tokens}", case.label, case.mode, f"{row.parameters / 1e6:.1f} M",
+            f"{row.forward:.1f}", f"{row.both:.1f}", *ratios, *memory,
         )  # fmt: skip
         table.append(tuple("-" if cell == "nan" else cell for cell in cells))
     return table
 
 
-def main(arguments: list[str] | None = None) -> None:
+def winners(found: Sequence[Row]) -> Iterator[tuple[str, ...]]:
+    """From which size on each model wins against each transformer, in each mode; ``found`` holds all cases."""
+    by_case = {row.case: row for row in found}
+    sizes = sorted({row.case.pixels for row in found}, reverse=True)
+    for kind in (case for case in by_case if case.pixels == sizes[0] and case.which != "model"):
+        others = [by_case[replace(kind, pixels=pixels)] for pixels in sizes]
+        owns = [by_case[replace(row.case, which="model")] for row in others]
+        cells = []
+        for figure in ("forward", "both", "forward_memory", "both_memory"):
+            pairs = [(getattr(own, figure), getattr(other, figure)) for own, other in zip(owns, others)]
+            if any(row.problem for row in (*owns, *others)) or None in itertools.chain(*pairs):
+                cells.append("")  # not all was measured
+                continue
+            ahead = sum(1 for _ in itertools.takewhile(lambda pair: _less(*pair), pairs))
+            cells.append(f"from {sizes[ahead - 1]} on" if ahead else f"not at {sizes[0]}")
+        yield kind.name, kind.label, kind.mode, *cells
+
+
+def _less(own: float, other: float) -> bool:
+    """Whether a figure is smaller; one that ran out of memory is larger than any."""
+    return own < other or (math.isnan(other) and not math.isnan(own))
+
+
+def tell(row: Row) -> str:
+    """One line on a row that is done."""
+    figures = ("out of memory" if math.isnan(ms) else f"{ms:.1f} ms" for ms in (row.forward, row.both))
+    peaks = [m for m in (row.forward_memory, row.both_memory) if m is not None and not math.isnan(m)]
+    memory = "".join(f", {m:,.0f} MiB" for m in peaks)
+    said = row.problem or "{} forward, {} with backward".format(*figures) + memory
+    return f"{row.case.pixels}  {row.case.label}, {row.case.mode}: {said} ({row.seconds:.0f} s)"
+
+
+def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     if "captured" in args.modes and torch.device(args.device).type != "cuda":
         raise ValueError(f"--modes captured records CUDA graphs, which {args.device} does not have")
-    sizes = [side for side in args.pixels if side < PIXELS_PER_LATENT or side % PIXELS_PER_LATENT]
-    if sizes:
-        raise ValueError(f"--pixels {sizes[0]} is not a multiple of {PIXELS_PER_LATENT}, the pixels of a latent")
-    for name in args.models:  # mistakes are found before the first model is timed
-        with torch.device("meta"):
-            build(name, None, args, args.pixels[0] // PIXELS_PER_LATENT)
+    if args.processes < 1:
+        raise ValueError(f"--processes {args.processes}: expected 1 or more")
+    check(args)
     print(hardware(torch.device(args.device), torch.get_num_threads()))
     found = []
     for row in rows(args):
         found.append(row)
-        figures = ("out of memory" if math.isnan(ms) else f"{ms:.1f} ms" for ms in (row.forward, row.both))
-        peaks = [m for m in (row.forward_memory, row.both_memory) if m is not None and not math.isnan(m)]
-        memory = "".join(f", {m:,.0f} MiB" for m in peaks)
-        times = "{} forward, {} with backward".format(*figures)
-        print(f"{row.pixels}  {row.name}, {row.mode}: {times}{memory}", flush=True)
+        print(tell(row), flush=True)
+    order = cases(args)
+    found.sort(key=lambda row: order.index(row.case))
     print()
     print_table(HEAD, lines(found), args.csv)
+    if len(args.pixels) > 1:
+        print()
+        print_table(WINS, list(winners(found)), None)
+    return int(any(row.problem for row in found))
 
 
 if __name__ == "__main__":

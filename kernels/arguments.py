@@ -17,6 +17,36 @@ def keep_state(state: Tensor, new: Tensor) -> None:
     state.copy_(new)
 
 
+def outer_directions(x: Tensor) -> bool:
+    """Whether the directions of ``x``, (Bt, K, L, ...), lie one after the other in memory, the batch within each.
+
+    Results and gradients lie so where they can: what is computed for each direction with weights of its own then reads
+    and writes whole matrices. Vectors of channels and matrices of states, which have fewer dimensions, do not.
+    """
+    return x.ndim >= 4 and x.shape[1] > 1 and x.stride(1) > x.stride(0)
+
+
+def empty_directions(x: Tensor, directions: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A new (Bt, K, L, ...) for results of K directions that read ``x``, (Bt, 1 or K, L, ...); directions outermost."""
+    batch, _, *rest = x.shape
+    return x.new_empty((directions, batch, *rest), dtype=dtype).transpose(0, 1)
+
+
+def empty_gradient(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A new tensor for the gradient of ``x``: dense, with the directions outermost where they are in ``x``."""
+    if not outer_directions(x):
+        return x.new_empty(x.shape, dtype=dtype)
+    batch, directions, *rest = x.shape
+    return x.new_empty((directions, batch, *rest), dtype=dtype).transpose(0, 1)
+
+
+def as_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """``gradient`` as it would lie in `empty_gradient`, itself where it does."""
+    if outer_directions(x):
+        return gradient.transpose(0, 1).contiguous().transpose(0, 1)
+    return gradient.contiguous()
+
+
 def shape(x: Tensor) -> tuple[int, ...]:
     """Shape as a plain tuple, for messages."""
     return tuple(x.shape)
@@ -93,6 +123,23 @@ def check_devices(op: str, device: torch.device, tensors: dict[str, Tensor | Non
     for name, x in tensors.items():
         if x is not None and x.device != device:
             raise ValueError(f"{op}: {name} is on {x.device}, the first input on {device}; move it there")
+
+
+def check_of_tokens(op: str, name: str, vector: Tensor, main: str, h: Tensor, channels: str = "D") -> None:
+    """Beside ``h`` (B, L, D) a vector is (B or 1, L or 1, D), a number, with ``channels`` "1", (B or 1, L or 1, 1)."""
+    fits = h.ndim == vector.ndim == 3 and vector.shape[2] == (h.shape[2] if channels == "D" else 1)
+    if not fits or any(size not in (1, full) for size, full in zip(vector.shape[:2], h.shape[:2])):
+        raise ValueError(
+            f"{op}: {name} is {shape(vector)} beside {main} {shape(h)}, expected "
+            f"(B, 1, {channels}) or (B, L, {channels}) beside (B, L, D)"
+        )
+
+
+def check_factor(op: str, factor: Tensor, main: str, h: Tensor) -> None:
+    """A number of a sample or of a token, which nothing is learnt from."""
+    check_of_tokens(op, "factor", factor, main, h, channels="1")
+    if factor.requires_grad:
+        raise ValueError(f"{op}: factor requires a gradient, which it does not get; detach it")
 
 
 def check_visits(op: str, orders: Tensor | None, cu_seqlens: Tensor | None, length: int) -> None:

@@ -58,8 +58,19 @@ def parser(description: str, shapes: Sequence[str], letters: str) -> argparse.Ar
     )
     made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     made.add_argument("--no-alternatives", action="store_true", help="leave out other libraries and the usual loop")
+    made.add_argument("--captured", action="store_true", help="time replayed CUDA graphs, without the host's part")
     made.add_argument("--csv", type=Path, help="also write the table to this file")
     return made
+
+
+def check_captured(args: argparse.Namespace) -> None:
+    """Refuse ``--captured`` where there are no graphs.
+
+    Raises:
+        ValueError: the device is not a CUDA device.
+    """
+    if args.captured and torch.device(args.device).type != "cuda":
+        raise ValueError(f"--captured needs a CUDA device, not {args.device}")
 
 
 def fill_in(args: argparse.Namespace, gpu: dict[str, Any], cpu: dict[str, Any]) -> argparse.Namespace:

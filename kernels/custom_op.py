@@ -44,7 +44,7 @@ class CustomOp:
         self.differentiable = type(self.name, (torch.autograd.Function,), methods)
 
     def __call__(self, *args):
-        if _watched():
+        if watched():
             return self.op(*args)
         recorded = False
         for x in args:
@@ -64,7 +64,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _BATCHED = torch._C._dispatch_key_parse("VmapMode")  # of batched gradients, which are no functorch transform
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether something wants to see operations: a compiler, a mode, a transform, a tracer, forward-mode derivatives.
 
     The compiler comes first, for which the rest does not exist.
@@ -74,10 +74,15 @@ def _watched() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED)
+        or batched()
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )
+
+
+def batched() -> bool:
+    """Whether many gradients are asked for at once, ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED)
 
 
 def custom_op(name: str, schema: str | None = None, mutates: tuple[str, ...] = ()) -> Callable[[Callable], CustomOp]:

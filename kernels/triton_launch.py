@@ -12,6 +12,8 @@ import types
 import torch
 from torch import Tensor
 
+from genssm.kernels.arguments import outer_directions
+
 # Arguments of kernels that hold rows and sizes. They are read one by one, so their alignment must not make a binary: an
 # order is a row of a table, and starts anywhere.
 TABLES = ("orders", "lengths", "first_steps", "borders")
@@ -33,13 +35,13 @@ def strides(x: Tensor | None, ndim: int = 0, directions: int = 1) -> tuple[int, 
 
 def wide(*tensors: Tensor | None) -> bool:
     """Whether an offset inside one batch row and direction needs 64 bits."""
-    return any(_last_offset(x.shape, x.stride()) >= 2**31 for x in tensors if x is not None)
+    return any(_last_offset(x.shape, x.stride(), 1 + outer_directions(x)) >= 2**31 for x in tensors if x is not None)
 
 
 @functools.lru_cache(maxsize=4096)
-def _last_offset(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Offset of the last element of a batch row from its first."""
-    return sum(map(operator.mul, sizes[1:], strides[1:])) - sum(strides[1:])
+def _last_offset(sizes: tuple[int, ...], strides: tuple[int, ...], first: int) -> int:
+    """Offset of the last element from the first along the dimensions from ``first`` on."""
+    return sum(map(operator.mul, sizes[first:], strides[first:])) - sum(strides[first:])
 
 
 def named(prefix: str, dims: str, values: tuple[int, ...]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from genssm.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from genssm.kernels.selective_scan import selective_scan, selective_scan_step
 from genssm.layers.directions import DepthwiseTaps, DirectedMixer, initial_dt_bias
 from genssm.layers.modulation import upcast
+from genssm.layers.projections import halves, steps_and_maps
 
 # B batch, L tokens, K directions, D hidden_size, E = expand * D, N d_state, R dt_rank, W d_conv
 
@@ -143,13 +144,13 @@ class Mamba(DirectedMixer):
                 return self.step(hidden_states[:, 0], state)[:, None]
         orders = self.direction_orders(orders, hidden_states)
         scan_over = {"orders": orders, "lengths": lengths, "cu_seqlens": cu_seqlens}
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, L, E) each
+        x, z = halves(self.in_proj, hidden_states)  # (B, L, E) each
         weight, bias = self.taps()  # (K, E, W) or (E, W)
         conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
         x, conv_last = causal_conv1d(
             x, weight, bias, activation="silu", initial_state=conv, return_last_state=True, **scan_over
         )  # (B, K, L, E) or (B, L, E)
-        delta, B, C = self._project_steps(x)
+        x, delta, B, C = self._project_steps(x)
         A_log, D, dt_bias = (self.stacked(name) for name in ("A_log", "D", "dt_bias"))
         y = selective_scan(
             x, delta, -upcast(A_log).exp(), B, C, upcast(D), z,
@@ -180,7 +181,7 @@ class Mamba(DirectedMixer):
         self.check_state()
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, E) each
         x = causal_conv1d_step(state.conv, x, *self.taps(), activation="silu")
-        delta, B, C = self._project_steps(x)
+        x, delta, B, C = self._project_steps(x)
         y = selective_scan_step(
             state.ssm, x, delta, -upcast(self.A_log).exp(), B, C, upcast(self.D), z,
             delta_bias=upcast(self.dt_bias), delta_softplus=True,
@@ -207,15 +208,8 @@ class Mamba(DirectedMixer):
         conv = torch.zeros(batch_size, 1, inner, width - 1, device=device, dtype=conv_dtype)
         return MambaState(conv, torch.zeros(batch_size, 1, inner, self.d_state, device=device, dtype=dtype))
 
-    def _project_steps(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """delta before bias and softplus (..., L, E), B and C (..., L, N), with each direction's own projections."""
-        sizes = [self.dt_rank, self.d_state, self.d_state]
-        if len(self.suffixes) == 1:
-            dt, B, C = self.x_proj(x).split(sizes, dim=-1)
-            return self.dt_proj(dt), B, C
-        per_direction = []
-        for k, suffix in enumerate(self.suffixes):
-            dt, B, C = getattr(self, "x_proj" + suffix)(x[:, k]).split(sizes, dim=-1)
-            per_direction.append((getattr(self, "dt_proj" + suffix)(dt), B, C))
-        delta, B, C = (torch.stack(parts, dim=1) for parts in zip(*per_direction))
-        return delta, B, C
+    def _project_steps(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """x, delta before bias and softplus (..., E), B and C (..., N), with each direction's own projections."""
+        x_projs = [getattr(self, "x_proj" + suffix) for suffix in self.suffixes]
+        dt_projs = [getattr(self, "dt_proj" + suffix) for suffix in self.suffixes]
+        return steps_and_maps(x, x_projs, dt_projs, (self.dt_rank, self.d_state, self.d_state))

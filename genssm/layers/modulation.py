@@ -45,11 +45,13 @@ class Norm(nn.Module):
         *,
         add: torch.Tensor | None = None,
         gate: torch.Tensor | None = None,
+        add_normed: bool = False,
+        factor: torch.Tensor | None = None,
         return_normed: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Normalise over the last dimension; first update the stream and then modulate, where that is asked for.
 
-            x <- x + gate add;   n = norm(x);   y = n (1 + scale) + shift
+            x <- x + gate add;   n = norm(x);   y = n (1 + scale) + shift;   x <- x + factor n
 
         Types are those of the steps one by one (:func:`genssm.kernels.add_norm.add_norm`). A modulated y is for a
         matrix product: under autocast it comes in the type that the product would cast it to.
@@ -59,19 +61,22 @@ class Norm(nn.Module):
             shift, scale: both or neither, (B, 1, D).
             add: what is added first, shape of ``x``.
             gate: factor of ``add``, (B, 1, D); None adds it as it is.
+            add_normed: add n to the stream in the end, for a block whose inner skip starts from n; not with ``add``.
+            factor: of n there, (B, 1, 1) or (1, L, 1); None means 1.
             return_normed: return n too.
 
         Returns:
-            y, which is n where nothing modulates it, (..., D). With ``add`` the new x comes before it, with
-            ``return_normed`` n behind it.
+            y, which is n where nothing modulates it, (..., D). With ``add`` or ``add_normed`` the new x comes before
+            it, with ``return_normed`` n behind it.
         """
-        if add is None and shift is None and not return_normed:
+        if add is None and shift is None and not (add_normed or return_normed):
             return self.alone(x)
         new, *found = add_norm(
-            x, add, gate, weight=self.weight, bias=self.bias, shift=shift, scale=scale, norm=self.kind, eps=self.eps,
-            dtype=None if shift is None else product_dtype(x), return_normed=return_normed,
+            x, add, gate, weight=self.weight, bias=self.bias, shift=shift, scale=scale, add_normed=add_normed,
+            factor=factor, norm=self.kind, eps=self.eps, dtype=None if shift is None else product_dtype(x),
+            return_normed=return_normed,
         )  # fmt: skip
-        if add is not None:
+        if add is not None or add_normed:
             return new, *found
         return tuple(found) if return_normed else found[0]
 
@@ -183,20 +188,22 @@ class DropPath(nn.Module):
         keep = torch.tensor(1.0 - rate, device=table_device()) if rate else None
         self.keep = None if keep is None else nn.Buffer(keep, persistent=False)
 
-    def forward(
-        self, x: torch.Tensor, packing: Packing | None = None, *, stream: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Drop samples of ``x`` (B, ...), or of the row (1, L, D) of a ``packing``; the identity in evaluation mode.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Drop samples of ``x`` (B, ...); the identity in evaluation mode."""
+        factor = self.factor(x)
+        return x if factor is None else x * factor
 
-        With ``stream``, float32 of the shape of ``x``: add what is left to it, without a pass over memory of its own.
+    def factor(self, x: torch.Tensor, packing: Packing | None = None) -> torch.Tensor | None:
+        """What to multiply the branch by, in the type of ``x`` (B, ...): (B, 1, ...), or None in evaluation mode.
+
+        With ``packing``, of the samples in the row ``x`` (1, L, D): (1, L, 1), each token that of its sample.
         """
         if not self.training or self.keep is None:
-            return x if stream is None else stream + x
+            return None
         samples = x.shape[0] if packing is None else packing.cu_seqlens.shape[0] - 1
         draws = torch.rand((samples,) + (1,) * (x.dim() - 1), device=x.device)
         draws = draws if packing is None else packing.per_token(draws)
-        factor = ((draws < self.keep) / self.keep).to(x.dtype)
-        return x * factor if stream is None else torch.addcmul(stream, x, factor)
+        return ((draws < self.keep) / self.keep).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

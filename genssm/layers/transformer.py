@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from genssm.kernels.gated_residual import gated_residual
 from genssm.layers.attention import CrossAttention
 from genssm.layers.modulation import LayerNorm, Modulation
 
@@ -95,7 +96,7 @@ class AttentionBlock(nn.Module):
             x, y = self.norm_cross(x, shift, scale, add=y, gate=gate)
             y, gate = self.cross_attn(y, context, context_mask), cross_gate
         x, y = self.norm_2(x, shift_2, scale_2, add=y, gate=gate)
-        return x + gate_2 * self.mlp(y)
+        return gated_residual(x, self.mlp(y), gate_2)
 
 
 class CrossFusion(nn.Module):

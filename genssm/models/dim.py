@@ -13,6 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
+from genssm.kernels.gated_residual import gated_residual
 from genssm.layers import (
     DenoiserOutput,
     LabelEmbedding,
@@ -105,7 +106,7 @@ class DiMBlock(nn.Module):
         if self.long_skip is not None:
             x = upcast(self.long_skip(x.to(self.norm.weight.dtype), skip))
         shift, scale, gate = (self.table + modulation).chunk(3, dim=1)  # (B, 1, D) each
-        return x + (1 + gate) * self.mixer(self.norm(x, shift, scale), order)
+        return gated_residual(x, self.mixer(self.norm(x, shift, scale), order), 1 + gate)
 
 
 class DiM(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):

@@ -13,6 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
+from genssm.kernels.gated_residual import gated_residual
 from genssm.layers import (
     DenoiserOutput,
     DropPath,
@@ -68,7 +69,7 @@ class Branch(nn.Module):
     def forward(self, x: torch.Tensor, conditioning: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         """Mix ``x`` (B, L, d), conditioned on SiLU(c) (B, D), along ``order`` (L,) or (2, L); returns (B, L, d)."""
         shift, scale, gate = self.modulation(conditioning, activated=True)  # (B, 1, d) each
-        return x + gate * self.mixer(modulate(x, shift, scale), order)
+        return gated_residual(x, self.mixer(modulate(x, shift, scale), order), gate)
 
 
 class DiMSUMBlock(nn.Module):
@@ -150,7 +151,7 @@ class DiMSUMBlock(nn.Module):
         wide = (torch.cat([vector, zeros], dim=-1) for vector in (shift, scale))
         residual, y, u = _accumulate(self.norm, residual, self.drop_path(hidden_states), *wide)  # (B, L, D) each
         (y_1, y_2), (u_1, u_2) = y.chunk(2, dim=-1), u.chunk(2, dim=-1)  # (B, L, D/2) each
-        spatial = u_1 + gate * self.spatial.mixer(y_1, order)
+        spatial = gated_residual(u_1, self.spatial.mixer(y_1, order), gate)
         if self.transform is None:
             frequency = self.frequency(u_2)
         else:
@@ -158,7 +159,7 @@ class DiMSUMBlock(nn.Module):
             frequency = self.transform(packed, grid, inverse=True)
         shift, scale, gate = self.modulation(conditioning, activated=True)
         v, y = self.norm_2(u, shift, scale, add=self.fusion(spatial, frequency))
-        return v + gate * self.mlp(y), residual
+        return gated_residual(v, self.mlp(y), gate), residual
 
 
 class DiMSUMLinearBlock(nn.Module):
@@ -221,7 +222,7 @@ class DiMSUMLinearBlock(nn.Module):
             shift, scale, mlp_gate = mlp
             u, y = self.norm_2(u, shift, scale, add=y, gate=gate)
             y, gate = self.mlp(y), mlp_gate
-        u = u + gate * y
+        u = gated_residual(u, y, gate)
         if self.transform is not None:
             u = self.transform(u, grid, inverse=True)
         return u, residual

@@ -76,9 +76,11 @@ class TwoBranchMamba(DirectedMixer):
             dt, b, c = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
             for parts, part in ((delta, getattr(self, "dt_proj" + suffix)(dt)), (B, b), (C, c)):
                 parts.append(part)
+        # One direction after the other in memory, and so are the gradients: no copies on the way back.
+        delta, B, C = (torch.stack(parts).transpose(0, 1) for parts in (delta, B, C))
         A_log, D, dt_bias = (upcast(self.stacked(name)) for name in ("A_log", "D", "dt_bias"))
         y = selective_scan(
-            x, torch.stack(delta, dim=1), -A_log.exp(), torch.stack(B, dim=1), torch.stack(C, dim=1), D,
+            x, delta, -A_log.exp(), B, C, D,
             delta_bias=dt_bias, delta_softplus=True, orders=self.direction_orders(None, x),
         )  # (B, L, E/2), summed over directions  # fmt: skip
         return self.out_proj(torch.cat([y, z], dim=-1))

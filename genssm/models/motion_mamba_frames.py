@@ -17,6 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
+from genssm.kernels.gated_residual import gated_residual
 from genssm.layers import CrossAttention, DenoiserOutput, LayerNorm, Modulation, Packing, masked_mean
 from genssm.layers.buffers import table_device
 from genssm.layers.condition_tokens import ConditionTokens
@@ -132,7 +133,7 @@ class MotionMambaFrameBlock(nn.Module):
             shift, scale, spatial_gate = spatial
             x, y = self.norm_spatial(x, shift, scale, add=y, gate=gate)
             y, gate = self.spatial(y), spatial_gate
-        return x + gate * y
+        return gated_residual(x, y, gate)
 
 
 class MotionMambaFrames(ModelMixin, ConfigMixin, PeftAdapterMixin):

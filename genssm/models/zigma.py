@@ -14,6 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
+from genssm.kernels.gated_residual import gated_residual
 from genssm.layers import (
     CrossAttention,
     DenoiserOutput,
@@ -107,7 +108,11 @@ class ZigMaBlock(nn.Module):
         batch, length, width = hidden_states.shape
         # (B, 1, D) or (1, L, D) each
         shift, scale, gate, *cross = self.modulation(conditioning, packing, activated=True)
-        y, x = self.norm(hidden_states, shift, scale, return_normed=True)  # (B, L, D) each
+        factor = self.drop_path.factor(hidden_states, packing)  # (B, 1, 1) or (1, L, 1); None where nothing is dropped
+        if self.cross_attn is None:  # the norm adds the inner skip to the stream, since it has both at hand
+            x, y = self.norm(hidden_states, shift, scale, add_normed=True, factor=factor)  # (B, L, D) each
+        else:
+            y, x = self.norm(hidden_states, shift, scale, return_normed=True)  # (B, L, D) each
         if self.axis == "space":
             y = self.mixer(y.reshape(batch * frames, -1, width), order).reshape(batch, length, width)
         elif self.axis == "time":
@@ -120,8 +125,9 @@ class ZigMaBlock(nn.Module):
         if self.cross_attn is not None:
             shift, scale, cross_gate = cross
             x, y = self.cross_norm(x, shift, scale, add=y, gate=gate)
-            y, gate = self.cross_attn(y, context, context_mask), cross_gate
-        return self.drop_path(x + gate * y, packing, stream=hidden_states)  # (B, L, D)
+            y = self.cross_attn(y, context, context_mask)
+            return gated_residual(hidden_states, y, cross_gate, skip=x, factor=factor)  # (B, L, D)
+        return gated_residual(x, y, gate, factor=factor)  # (B, L, D)
 
 
 class ZigMa(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):

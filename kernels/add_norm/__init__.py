@@ -22,6 +22,8 @@ def add_norm(
     bias: Tensor | None = None,
     shift: Tensor | None = None,
     scale: Tensor | None = None,
+    add_normed: bool = False,
+    factor: Tensor | None = None,
     norm: str = "rms",
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
@@ -30,7 +32,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """Add to a residual stream, normalise it, modulate the result.
 
-        h <- h + gate x;   n = norm(h) weight + bias;   y = n (1 + scale) + shift
+        h <- h + gate x;   n = norm(h) weight + bias;   y = n (1 + scale) + shift;   h <- h + factor n
 
     with norm(h) = h / sqrt(mean(h^2) + eps) ("rms") or (h - mean(h)) / sqrt(var(h) + eps) ("layer"), in float32. Every
     step but those inside the norm is rounded to the type that PyTorch's promotion gives it; n has the type of the
@@ -42,6 +44,9 @@ def add_norm(
         gate: factor of ``x``, (B, 1, D) for all tokens of a sample or (B, L, D); B may be 1. h is then (B, L, D).
         weight, bias: of the norm, (D,); an rms norm has no bias.
         shift, scale: modulation, both or neither, shapes as of ``gate``.
+        add_normed: make the last step above, of a block with an inner skip; not together with ``x``.
+        factor: of n there, such as that of stochastic depth: (B, 1, 1) or (B, L, 1), B may be 1. None means 1. It takes
+            no gradient.
         norm: "rms" or "layer".
         eps: added to the mean square or the variance.
         dtype: type that y is rounded to in the end, for a reader that would cast it; None leaves it.
@@ -58,15 +63,15 @@ def add_norm(
         >>> [tuple(t.shape) for t in add_norm(h, x, gate, weight=torch.ones(8))]
         [(2, 16, 8), (2, 16, 8)]
     """
-    _check(hidden_states, x, gate, weight, bias, shift, scale, norm)
-    args = (x, gate, weight, bias, shift, scale, norm == "layer", eps, dtype)
+    _check(hidden_states, x, gate, weight, bias, shift, scale, add_normed, factor, norm)
+    args = (x, gate, weight, bias, shift, scale, factor, add_normed, norm == "layer", eps, dtype)
     chosen = dispatch.resolve(_NAME, backend, hidden_states)
     run = _op.add_norm if chosen == "triton" else add_norm_reference
     h, y, n = run(hidden_states, *args, return_normed)
     return (h, y, n) if return_normed else (h, y)
 
 
-def _check(h, x, gate, weight, bias, shift, scale, norm: str) -> None:
+def _check(h, x, gate, weight, bias, shift, scale, add_normed: bool, factor, norm: str) -> None:
     if norm not in _NORMS:
         raise ValueError(f"{_NAME}: norm is {norm!r}, expected 'rms' or 'layer'")
     if h.ndim < 1 or not h.dtype.is_floating_point:
@@ -77,20 +82,19 @@ def _check(h, x, gate, weight, bias, shift, scale, norm: str) -> None:
         raise ValueError(f"{_NAME}: gate is given without x, which it multiplies")
     if (shift is None) != (scale is None):
         raise ValueError(f"{_NAME}: shift and scale go together; give both or neither")
-    arguments.check_devices(
-        _NAME, h.device, {"x": x, "gate": gate, "weight": weight, "bias": bias, "shift": shift, "scale": scale}
-    )
+    if add_normed and x is not None:
+        raise ValueError(f"{_NAME}: add_normed is of a block's beginning, where nothing is added first; leave x out")
+    if factor is not None and not add_normed:
+        raise ValueError(f"{_NAME}: factor is given without add_normed, to which it belongs")
+    vectors = {"gate": gate, "weight": weight, "bias": bias, "shift": shift, "scale": scale, "factor": factor}
+    arguments.check_devices(_NAME, h.device, {"x": x, **vectors})
     if x is not None and x.shape != h.shape:
         raise ValueError(f"{_NAME}: x is {arguments.shape(x)}, expected {arguments.shape(h)} as hidden_states")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.shape != h.shape[-1:]:
             raise ValueError(f"{_NAME}: {name} is {arguments.shape(parameter)}, expected {arguments.shape(h)[-1:]}")
     for name, vector in (("gate", gate), ("shift", shift), ("scale", scale)):
-        if vector is None:
-            continue
-        fits = h.ndim == vector.ndim == 3 and vector.shape[2] == h.shape[2]
-        if not fits or any(size not in (1, full) for size, full in zip(vector.shape[:2], h.shape[:2])):
-            raise ValueError(
-                f"{_NAME}: {name} is {arguments.shape(vector)} beside hidden_states {arguments.shape(h)}, expected "
-                "(B, 1, D) or (B, L, D) beside (B, L, D)"
-            )
+        if vector is not None:
+            arguments.check_of_tokens(_NAME, name, vector, "hidden_states", h)
+    if factor is not None:
+        arguments.check_factor(_NAME, factor, "hidden_states", h)

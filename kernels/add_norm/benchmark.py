@@ -2,7 +2,7 @@
 
 The stream is float32, all else has the type of --dtype; rms norm, gate and modulation per sample. "eager" is the path
 of the CPU, one step after the other, "torch.compile" the same compiled. On CUDA the forward is timed inside a captured
-graph, where nothing waits for the host; forward + backward is not.
+graph, where nothing waits for the host; forward + backward with --captured only.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,9 @@ def composed(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return add_norm_reference(h, x, gate, weight, None, shift, scale, False, 1e-5, None)[:2]
 
 
-def measure(shape: str, elements: int, name: str, call: Call, inputs: dict[str, Tensor]) -> benchmarking.Row:
+def measure(
+    shape: str, elements: int, name: str, call: Call, inputs: dict[str, Tensor], captured: bool
+) -> benchmarking.Row:
     """Times in milliseconds and peak memory of one contender."""
     device = inputs["x"].device
     weights = [torch.ones_like(t) for t in call(inputs)]
@@ -78,14 +80,9 @@ def measure(shape: str, elements: int, name: str, call: Call, inputs: dict[str, 
     def both() -> None:
         torch.autograd.grad(call(inputs), list(inputs.values()), weights)
 
-    run = forward
-    if device.type == "cuda":
-        forward()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            forward()
-        run = graph.replay
-    time, both_time = benchmarking.milliseconds(run, device) / _CALLS, benchmarking.milliseconds(both, device)
+    run = benchmarking.capture(forward) if device.type == "cuda" else forward
+    time = benchmarking.milliseconds(run, device) / _CALLS
+    both_time = benchmarking.milliseconds(benchmarking.capture(both) if captured else both, device)
     peak, data = benchmarking.peak_memory(both, device), benchmarking.data_size(*inputs.values(), *weights)
     return benchmarking.Row(shape, name, elements, time, both_time, peak, data)
 
@@ -98,6 +95,7 @@ def main() -> None:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     print(benchmarking.hardware(device, args.threads))
     try:
+        benchmarking.check_captured(args)
         shapes = [benchmarking.sizes(shape, _LETTERS) for shape in args.shapes]
         possible = {"triton": dispatch.why_not("triton", device.type, device.index or 0)}
         backends = benchmarking.choose(args.backends, possible)
@@ -112,7 +110,8 @@ def main() -> None:
     for shape in shapes:
         inputs = arguments(shape, device, dtype)
         elements = shape[0] * shape[1] * shape[2]
-        rows += [measure("x".join(map(str, shape)), elements, name, call, inputs) for name, call in contenders.items()]
+        text = "x".join(map(str, shape))
+        rows += [measure(text, elements, name, call, inputs, args.captured) for name, call in contenders.items()]
     benchmarking.report(rows, _USUAL, args.csv)
 
 

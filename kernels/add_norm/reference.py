@@ -15,6 +15,8 @@ def add_norm_reference(
     bias: Tensor | None,
     shift: Tensor | None,
     scale: Tensor | None,
+    factor: Tensor | None,
+    add_normed: bool,
     layer: bool,
     eps: float,
     dtype: torch.dtype | None,
@@ -29,4 +31,6 @@ def add_norm_reference(
     n = F.layer_norm(h.to(wide), size, w, b, eps) if layer else F.rms_norm(h.to(wide), size, w, eps)
     n = n.to(h.dtype if weight is None else weight.dtype)
     y = n if scale is None else n * (1 + scale) + shift
+    if add_normed:
+        h = h + (n if factor is None else factor * n)
     return h, y if dtype is None else y.to(dtype), n

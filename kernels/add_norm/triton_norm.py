@@ -7,35 +7,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genssm.kernels.add_norm.op import modulated_dtypes, product_dtype, stream_dtype
-from genssm.kernels.triton_launch import device_of, launch, named, processors, refuse_double
+from genssm.kernels.add_norm.op import added_dtypes, modulated_dtypes, product_dtype, stream_dtype
+from genssm.kernels.triton_launch import device_of, launch, refuse_double
+from genssm.kernels.triton_rows import (
+    TYPES,
+    load_number,
+    load_row,
+    of_token,
+    rounded,
+    row_arguments,
+    stages,
+    stretches,
+    sums,
+    total,
+    warps,
+)
 
 _NAME = "add_norm"
-_LARGEST = 16384  # channels that a program can hold
 _WANTED = 4  # programs of the backward per multiprocessor: each keeps sums over its tokens
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Nothing is compiled anew for another batch or length.
-_FORWARD = ["length", *(f"{name}_{dim}" for name in ("h", "x", "gate", "shift", "scale") for dim in "bl")]
+_FORWARD = ["length", *(f"{name}_{dim}" for name in ("h", "x", "gate", "shift", "scale", "factor") for dim in "bl")]
 _BACKWARD = [
     "length",
     "chunks",
-    *(f"{name}_{dim}" for name in ("h", "x", "gate", "scale", "gh", "gy", "gn") for dim in "bl"),
+    *(f"{name}_{dim}" for name in ("h", "x", "gate", "scale", "gh", "gy", "gn", "factor") for dim in "bl"),
 ]
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """``x`` as a tensor of ``dtype`` would hold it, in float32."""
-    return x.to(dtype).to(tl.float32)
-
-
-@triton.jit
-def load_row(x, b, l, stride_b, stride_l, e, D: tl.constexpr, ALIGNED: tl.constexpr):
-    """Channels of a token in float32, zero beyond D; ALIGNED says that wide loads may start there."""
-    shift = b * stride_b + l * stride_l
-    if ALIGNED:
-        shift = tl.multiple_of(shift, 8)
-    return tl.load(x + shift + e, mask=e < D, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -49,16 +45,17 @@ def standardise(t, e, LAYER: tl.constexpr, EPS: tl.constexpr, D: tl.constexpr):
     """A row with mean square 1 (LAYER: and mean 0), zero beyond D, and what it was multiplied by."""
     if LAYER:
         t = tl.where(e < D, t - tl.sum(t, axis=0) / D, 0.0)
-    factor = tl.rsqrt(tl.sum(t * t, axis=0) / D + EPS)
-    return t * factor, factor
+    spread = tl.rsqrt(tl.sum(t * t, axis=0) / D + EPS)
+    return t * spread, spread
 
 
 @triton.jit(do_not_specialize=_FORWARD)
 def norm_forward_kernel(
-    h, x, gate, weight, bias, shift, scale, new_h, y, n,
-    h_b, h_l, x_b, x_l, gate_b, gate_l, shift_b, shift_l, scale_b, scale_l, length,
+    h, x, gate, weight, bias, shift, scale, factor, new_h, y, n,
+    h_b, h_l, x_b, x_l, gate_b, gate_l, shift_b, shift_l, scale_b, scale_l, factor_b, factor_l, length,
     PRODUCT: tl.constexpr, STREAM: tl.constexpr, NORMED: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
-    LAYER: tl.constexpr, EPS: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    ADDED: tl.constexpr, ADD_NORMED: tl.constexpr, LAYER: tl.constexpr, EPS: tl.constexpr,
+    D: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token."""
     row = tl.program_id(0)
@@ -81,19 +78,26 @@ def norm_forward_kernel(
     r = rounded(r, NORMED)
     if n is not None:
         tl.store(n + at + e, r, mask=mask)
+    if ADD_NORMED:
+        added = r
+        if factor is not None:
+            added = rounded(added * load_number(factor, b, l, factor_b, factor_l), ADDED)
+        tl.store(new_h + at + e, t + added, mask=mask)
     if scale is not None:
-        factor = rounded(1.0 + load_row(scale, b, l, scale_b, scale_l, e, D, ALIGNED), scale.dtype.element_ty)
-        r = rounded(r * factor, SCALED)
+        s = rounded(1.0 + load_row(scale, b, l, scale_b, scale_l, e, D, ALIGNED), scale.dtype.element_ty)
+        r = rounded(r * s, SCALED)
         r = rounded(r + load_row(shift, b, l, shift_b, shift_l, e, D, ALIGNED), SHIFTED)
     tl.store(y + at + e, r, mask=mask)
 
 
 @triton.jit(do_not_specialize=_BACKWARD)
 def norm_backward_kernel(
-    gh, gy, gn, h, x, gate, weight, bias, scale, dh, dx, dgate, dweight, dbias, dshift, dscale,
-    h_b, h_l, x_b, x_l, gate_b, gate_l, scale_b, scale_l, gh_b, gh_l, gy_b, gy_l, gn_b, gn_l, length, chunks,
+    gh, gy, gn, h, x, gate, weight, bias, scale, factor, dh, dx, dgate, dweight, dbias, dshift, dscale,
+    h_b, h_l, x_b, x_l, gate_b, gate_l, scale_b, scale_l, gh_b, gh_l, gy_b, gy_l, gn_b, gn_l,
+    factor_b, factor_l, length, chunks,
     NORMED: tl.constexpr, GATE_OF_TOKEN: tl.constexpr, SHIFT_OF_TOKEN: tl.constexpr, SCALE_OF_TOKEN: tl.constexpr,
-    LAYER: tl.constexpr, EPS: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, ADD_NORMED: tl.constexpr, LAYER: tl.constexpr, EPS: tl.constexpr,
+    D: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A stretch of one sample's tokens; sums over them go to the program's own row."""
     program = tl.program_id(0)
@@ -106,11 +110,11 @@ def norm_backward_kernel(
     offset = load_vector(bias, e, D) if bias is not None else 0.0
     zeros = tl.zeros([BLOCK], tl.float32)
     sum_gate, sum_weight, sum_bias, sum_shift, sum_scale = zeros, zeros, zeros, zeros, zeros
-    for i in range(tl.minimum(tokens, length - first)):
+    for i in tl.range(tl.minimum(tokens, length - first), num_stages=STAGES):
         l = first.to(tl.int64) + i
         at = (b * length + l) * D + e
         t = load_row(h, b, l, h_b, h_l, e, D, ALIGNED)
-        r, factor = standardise(t, e, LAYER, EPS, D)
+        r, spread = standardise(t, e, LAYER, EPS, D)
         g = zeros
         if gy is not None:
             g = load_row(gy, b, l, gy_b, gy_l, e, D, ALIGNED)
@@ -128,6 +132,9 @@ def norm_backward_kernel(
                 g *= rounded(1.0 + s, scale.dtype.element_ty)
         if gn is not None:
             g += load_row(gn, b, l, gn_b, gn_l, e, D, ALIGNED)
+        if ADD_NORMED:
+            added = load_row(gh, b, l, gh_b, gh_l, e, D, ALIGNED)
+            g += added * load_number(factor, b, l, factor_b, factor_l) if factor is not None else added
         if bias is not None:
             sum_bias += g
         if weight is not None:
@@ -136,7 +143,7 @@ def norm_backward_kernel(
         d = g - r * (tl.sum(g * r, axis=0) / D)
         if LAYER:
             d -= tl.sum(g, axis=0) / D
-        d *= factor
+        d *= spread
         if gh is not None:
             d += load_row(gh, b, l, gh_b, gh_l, e, D, ALIGNED)
         tl.store(dh + at, d, mask=mask)
@@ -172,22 +179,26 @@ def norm_forward(
     bias: Tensor | None,
     shift: Tensor | None,
     scale: Tensor | None,
+    factor: Tensor | None,
+    add_normed: bool,
     layer: bool,
     eps: float,
     dtype: torch.dtype | None,
     normed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """New h, y and n, all (B, L, D) and contiguous; empty where there is no ``x`` and where n is not asked for.
+    """New h, y and n, all (B, L, D) and contiguous; empty where h stays as it is and where n is not asked for.
 
     Raises:
         ValueError: float64 tensors, or more channels than a program can hold.
     """
-    refuse_double(_NAME, h, x, gate, weight, bias, shift, scale)
+    refuse_double(_NAME, h, x, gate, weight, bias, shift, scale, factor)
     stream = stream_dtype(h, x, gate)
     kept = stream if weight is None else weight.dtype
     scaled, shifted = modulated_dtypes(kept, shift, scale)
-    common = _arguments(h, {"h": h, "x": x, "gate": gate, "shift": shift, "scale": scale}, weight, bias, layer, eps)
-    new_h = h.new_empty(0) if x is None else h.new_empty(h.shape, dtype=stream)
+    added, new = added_dtypes(h, kept, factor) if add_normed else (stream, stream)
+    rows = {"h": h, "x": x, "gate": gate, "shift": shift, "scale": scale}
+    common = _arguments(h, rows, weight, bias, factor, add_normed, layer, eps)
+    new_h = h.new_empty(h.shape if add_normed or x is not None else 0, dtype=new)
     y = h.new_empty(h.shape, dtype=dtype or shifted)
     n = h.new_empty(h.shape if normed else 0, dtype=kept)
     if h.shape[0] * h.shape[1]:
@@ -199,12 +210,13 @@ def norm_forward(
                 new_h=new_h,
                 y=y,
                 n=n if normed else None,
-                PRODUCT=None if x is None else _TYPES[product_dtype(gate, x)],
-                STREAM=_TYPES[stream],
-                NORMED=_TYPES[kept],
-                SCALED=_TYPES[scaled],
-                SHIFTED=_TYPES[shifted],
-                num_warps=_warps(common["BLOCK"], 16),
+                PRODUCT=None if x is None else TYPES[product_dtype(gate, x)],
+                STREAM=TYPES[stream],
+                NORMED=TYPES[kept],
+                SCALED=TYPES[scaled],
+                SHIFTED=TYPES[shifted],
+                ADDED=TYPES[added],
+                num_warps=warps(common["BLOCK"], 16),
                 enable_fp_fusion=False,  # a product is rounded before something is added to it, as in PyTorch
             )
     return new_h, y, n
@@ -221,6 +233,8 @@ def norm_backward(
     bias: Tensor | None,
     shift: Tensor | None,
     scale: Tensor | None,
+    factor: Tensor | None,
+    add_normed: bool,
     layer: bool,
     eps: float,
     added: torch.dtype | None,
@@ -234,83 +248,45 @@ def norm_backward(
     Returns:
         Gradients of h, x, gate, weight, bias, shift and scale, in their types; empty where there are none.
     """
-    batch, length, channels = h.shape
+    batch, length, _ = h.shape
     rows = {"h": h, "x": x, "gate": gate, "scale": scale, "gh": dh, "gy": dy, "gn": dn}
-    common = _arguments(h, rows, weight, bias, layer, eps)
-    chunks = max(1, min(length, triton.cdiv(_WANTED * processors(h.device), max(1, batch))))
-
-    def sums(vector: Tensor | None) -> Tensor | None:
-        if vector is None:
-            return None
-        if _of_token(vector, length):
-            return vector.new_empty(h.shape, dtype=torch.float32 if vector.shape[0] < batch else vector.dtype)
-        return vector.new_empty(batch, chunks, channels, dtype=torch.float32)
-
+    common = _arguments(h, rows, weight, bias, factor, add_normed and dh is not None, layer, eps)
+    chunks = stretches(h, _WANTED)
     dh_in = torch.empty_like(h, memory_format=torch.contiguous_format)
     dx = None if added is None else h.new_empty(h.shape, dtype=added)
-    dgate, dweight, dbias, dshift, dscale = (sums(v) for v in (gate, weight, bias, shift, scale))
+    dgate, dweight, dbias, dshift, dscale = (sums(v, h, chunks) for v in (gate, weight, bias, shift, scale))
     if batch:
         with device_of(h):
             launch(
                 norm_backward_kernel, (batch * chunks,),
                 **common, dh=dh_in, dx=dx, dgate=dgate, dweight=dweight, dbias=dbias, dshift=dshift, dscale=dscale,
-                chunks=chunks, NORMED=_TYPES[h.dtype if weight is None else weight.dtype],
-                GATE_OF_TOKEN=_of_token(gate, length), SHIFT_OF_TOKEN=_of_token(shift, length),
-                SCALE_OF_TOKEN=_of_token(scale, length), num_warps=_warps(common["BLOCK"], 8),
+                chunks=chunks, NORMED=TYPES[h.dtype if weight is None else weight.dtype],
+                GATE_OF_TOKEN=of_token(gate, length), SHIFT_OF_TOKEN=of_token(shift, length),
+                SCALE_OF_TOKEN=of_token(scale, length), STAGES=stages(common["BLOCK"], rows),
+                num_warps=warps(common["BLOCK"], 8),
             )  # fmt: skip
     parts = ((dgate, gate), (dweight, weight), (dbias, bias), (dshift, shift), (dscale, scale))
-    found = (dx, *(_total(part, like) for part, like in parts))
+    found = (dx, *(total(part, like) for part, like in parts))
     return dh_in, *(h.new_empty(0) if d is None else d for d in found)
 
 
 def _arguments(
-    h: Tensor, rows: dict[str, Tensor | None], weight: Tensor | None, bias: Tensor | None, layer: bool, eps: float
+    h: Tensor,
+    rows: dict[str, Tensor | None],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    add_normed: bool,
+    layer: bool,
+    eps: float,
 ) -> dict:
-    """What both kernels take. Rows lie in one piece, whatever their strides; a size of 1 is shared (stride 0)."""
-    channels = h.shape[2]
-    if channels > _LARGEST:
-        raise ValueError(
-            f"{_NAME}: {channels} channels, the triton backend takes up to {_LARGEST}; use backend='reference'"
-        )
-    rows = {name: r if r is None or r.stride(2) == 1 else r.contiguous() for name, r in rows.items()}
-    strides = {
-        name: (0, 0) if r is None else tuple(0 if r.shape[dim] == 1 else r.stride(dim) for dim in (0, 1))
-        for name, r in rows.items()
-    }
-    arguments = {
-        **rows,
+    """What both kernels take."""
+    return {
+        **row_arguments(_NAME, h.shape[2], rows, factor),
         "weight": None if weight is None else weight.contiguous(),
         "bias": None if bias is None else bias.contiguous(),
         "length": h.shape[1],
+        "ADD_NORMED": add_normed,
         "LAYER": layer,
         "EPS": eps,
-        "D": channels,
-        "ALIGNED": channels % 8 == 0 and all(stride % 8 == 0 for pair in strides.values() for stride in pair),
-        "BLOCK": triton.next_power_of_2(channels),
     }
-    for name, pair in strides.items():
-        arguments.update(named(name, "bl", pair))
-    return arguments
-
-
-def _of_token(vector: Tensor | None, length: int) -> bool:
-    """Whether every token has its own row of a gate, shift or scale."""
-    return vector is not None and vector.ndim == 3 and vector.shape[1] == length and length > 1
-
-
-def _total(part: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """Sums of the programs, (B, chunks, D), or rows of the tokens, (B, L, D), added up to the shape of ``like``."""
-    if part is None:
-        return None
-    if like.ndim == 1:
-        return part.sum((0, 1)).to(like.dtype)
-    if like.shape[1] == 1:
-        part = part.sum(1, keepdim=True)
-    if like.shape[0] < part.shape[0]:
-        part = part.sum(0, keepdim=True)
-    return part.to(like.dtype)
-
-
-def _warps(block: int, elements: int) -> int:
-    """So many that a thread of 32 lanes holds about ``elements`` channels."""
-    return max(1, min(16, block // (32 * elements)))

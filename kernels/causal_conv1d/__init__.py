@@ -49,8 +49,9 @@ def causal_conv1d(
         backend: "auto", "reference", "chunked", "compiled" or "triton"; see `genssm.kernels.dispatch`. Only
             "reference" can be differentiated twice.
     Returns:
-        y, dtype of ``x``: (Bt, L, E) where no argument has a K dimension, (Bt, K, L, E) otherwise; with
-        ``return_last_state`` also (S, K, E, W - 1), oldest first, float32 (float64 for float64 ``x``).
+        y, dtype of ``x``: (Bt, L, E) where no argument has a K dimension, (Bt, K, L, E) otherwise, one direction after
+        the other in memory ("reference" aside): ``y.transpose(0, 1)`` is contiguous. With ``return_last_state`` also
+        (S, K, E, W - 1), oldest first, float32 (float64 for float64 ``x``).
     Raises:
         ValueError: shapes, devices or values disagree, or the backend cannot run here; the message names both sides.
 

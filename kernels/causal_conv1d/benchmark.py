@@ -76,6 +76,7 @@ def main() -> None:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     print(benchmarking.hardware(device, args.threads))
     try:
+        benchmarking.check_captured(args)
         shapes = [benchmarking.sizes(shape, _LETTERS) for shape in args.shapes]
         possible = {b: dispatch.why_not(b, device.type, device.index or 0) for b in ("chunked", "compiled", "triton")}
         backends = benchmarking.choose(args.backends, possible)
@@ -90,7 +91,8 @@ def main() -> None:
     for shape in shapes:
         inputs = arguments(shape, device, dtype)
         name, elements = "x".join(map(str, shape)), shape[0] * shape[1] * shape[2]
-        rows += [benchmarking.measure(name, elements, contender, inputs) for contender in (*others, *contenders)]
+        for contender in (*others, *contenders):
+            rows.append(benchmarking.measure(name, elements, contender, inputs, captured=args.captured))
     benchmarking.report(rows, _USUAL, args.csv)
 
 

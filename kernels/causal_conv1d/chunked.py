@@ -10,7 +10,7 @@ multiply-adds; the results go back to the tokens' own rows. Blocks of batch rows
 import torch
 from torch import Tensor
 
-from genssm.kernels.arguments import compute_dtype
+from genssm.kernels.arguments import compute_dtype, empty_directions, empty_gradient
 from genssm.kernels.elementwise import sigmoid
 
 _BLOCK_VALUES = 1 << 18
@@ -29,8 +29,8 @@ def conv_forward(
 ) -> tuple[Tensor, Tensor]:
     """Result (Bt, K, L, E) and last state (S, K, E, W - 1); canonical arguments as in `reference.conv_reference`."""
     lines = _Lines(x, weight, bias, orders, initial_state, lengths, cu_seqlens, K)
-    batch, _, length, channels = x.shape
-    out = torch.empty(batch, K, length, channels, dtype=x.dtype, device=x.device)
+    channels = x.shape[3]
+    out = empty_directions(x, K)
     last_state = torch.empty(lines.sequences, K, channels, lines.pad, dtype=lines.dtype, device=x.device)
     for rows in lines.blocks():
         line = lines.fill(rows)
@@ -58,7 +58,7 @@ def conv_backward(
     """Gradients of x, weight, bias and initial_state, each in the shape and dtype of its input."""
     lines = _Lines(x, weight, bias, orders, initial_state, lengths, cu_seqlens, K)
     shared = x.shape[1] < K
-    dx = torch.zeros(x.shape, dtype=lines.dtype, device=x.device) if shared else torch.empty_like(x)
+    dx = torch.zeros(x.shape, dtype=lines.dtype, device=x.device) if shared else empty_gradient(x)
     dinitial = None if initial_state is None else torch.empty_like(initial_state)
     dweight = torch.zeros(K, *weight.shape[1:], dtype=lines.dtype, device=x.device)
     dbias = torch.zeros(K, weight.shape[1], dtype=lines.dtype, device=x.device)

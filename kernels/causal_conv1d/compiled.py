@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from genssm.kernels import native
+from genssm.kernels.arguments import empty_directions, empty_gradient
 
 
 class _Conv(ctypes.Structure):
@@ -21,6 +22,8 @@ class _Conv(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "grad_out")),
         *((name, ctypes.c_int64) for name in ("x_batch", "x_direction", "x_row")),
         *((name, ctypes.c_int64) for name in ("grad_batch", "grad_direction", "grad_row")),
+        *((name, ctypes.c_int64) for name in ("out_batch", "out_direction", "out_row")),
+        *((name, ctypes.c_int64) for name in ("dx_batch", "dx_direction", "dx_row")),
         *((name, ctypes.c_void_p) for name in ("weight", "bias")),
         *((name, ctypes.c_int64) for name in ("weight_step", "bias_step")),
         *((name, ctypes.c_void_p) for name in ("plan", "orders", "lengths", "initial", "grad_last", "out", "last")),
@@ -41,10 +44,10 @@ def conv_forward(
 ) -> tuple[Tensor, Tensor]:
     """Result (Bt, K, L, E) and last state (S, K, E, W - 1); canonical arguments as in `reference.conv_reference`."""
     call = _Call(x, weight, bias, silu, orders, initial_state, lengths, cu_seqlens, K)
-    batch, _, length, channels = x.shape
-    out = torch.empty(batch, K, length, channels)
-    last_state = torch.empty(call.sequences, K, channels, weight.shape[-1] - 1)
-    call.pointers(out=out, last=last_state)
+    out = empty_directions(x, K, torch.float32)
+    last_state = torch.empty(call.sequences, K, x.shape[3], weight.shape[-1] - 1)
+    call.strided("out", "out", out)
+    call.pointers(last=last_state)
     call.run("genssm_conv_forward")
     return out.to(x.dtype), last_state
 
@@ -64,12 +67,13 @@ def conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weight, bias and initial_state, each in the shape and dtype of its input."""
     call = _Call(x, weight, bias, silu, orders, initial_state, lengths, cu_seqlens, K)
-    batch, _, _, channels = x.shape
+    batch, channels = x.shape[0], x.shape[3]
     call.strided("grad_out", "grad", grad_out)
-    dx = torch.empty(x.shape)
+    dx = empty_gradient(x, torch.float32)
+    call.strided("dx", "dx", dx)
     dweight, dbias = torch.empty(batch, K, weight.shape[-1], channels), torch.empty(batch, K, channels)
     dinitial = None if initial_state is None else torch.empty(initial_state.shape)
-    call.pointers(dx=dx, dweight=dweight, dbias=dbias, dinitial=dinitial, grad_last=grad_last_state)
+    call.pointers(dweight=dweight, dbias=dbias, dinitial=dinitial, grad_last=grad_last_state)
     call.run("genssm_conv_backward")
     dweight, dbias = dweight.sum(0).transpose(1, 2), dbias.sum(0)  # (K, E, W), (K, E)
     dweight = dweight.sum(0, keepdim=True) if weight.shape[0] < K else dweight.contiguous()

@@ -21,13 +21,15 @@ typedef struct {
   const float *x, *grad_out;                 /* (Bt, 1 or K, L, E) by strides, dense in E */
   int64_t x_batch, x_direction, x_row;       /* in floats */
   int64_t grad_batch, grad_direction, grad_row;
+  int64_t out_batch, out_direction, out_row, dx_batch, dx_direction, dx_row;
   const float *weight, *bias;                /* (1 or K, W, E), (1 or K, E) or NULL */
   int64_t weight_step, bias_step;            /* floats from one direction to the next, 0 where shared */
   const Run *plan;                           /* (1 or K, runs) */
   const int32_t *orders, *lengths;           /* (K, L), (Bt,) or NULL */
   const float *initial, *grad_last;          /* (S, K, E, W - 1) or NULL */
-  float *out, *last;                         /* (Bt, K, L, E), (S, K, E, W - 1) */
-  float *dx, *dweight, *dbias, *dinitial;    /* (Bt, 1 or K, L, E), (Bt, K, W, E), (Bt, K, E), (S, K, E, W - 1) or NULL */
+  float *out, *last;                         /* (Bt, K, L, E) by strides, (S, K, E, W - 1) */
+  float *dx;                                 /* (Bt, 1 or K, L, E) by strides */
+  float *dweight, *dbias, *dinitial;         /* (Bt, K, W, E), (Bt, K, E), (S, K, E, W - 1) or NULL */
 } Conv;
 
 #define EACH(v) for (int v = 0; v < STRIP_VECTORS; v++)
@@ -111,7 +113,7 @@ static void forward_strip(const void *argument, int64_t item, void *memory) {
         } else {
           memset(y, 0, sizeof y);
         }
-        store(c->out + ((at.b * c->directions + at.k) * c->length + row) * c->channels + at.e, y, at.width);
+        store(c->out + at.b * c->out_batch + at.k * c->out_direction + row * c->out_row + at.e, y, at.width);
       }
       for (int64_t j = 1; j < c->taps; j++) write_state(c, &at, run, c->last, j - 1, window[j]);
     }
@@ -163,9 +165,8 @@ static void backward_strip(const void *argument, int64_t item, void *memory) {
           EACH(v) dx[v] += more[v];
         }
         if (inside) {
-          const int64_t k = c->x_directions == 1 ? 0 : at.k;
           if (!valid(c, &at, row)) memset(dx, 0, sizeof dx);
-          put(c->dx + ((at.b * c->x_directions + k) * c->length + row) * c->channels + at.e, dx, at.width,
+          put(c->dx + at.b * c->dx_batch + at.k * c->dx_direction + row * c->dx_row + at.e, dx, at.width,
               c->x_directions == 1 && at.k);
         } else if (c->dinitial) {
           write_state(c, &at, run, c->dinitial, step - run->low + taps - 1, dx);

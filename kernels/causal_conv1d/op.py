@@ -1,7 +1,8 @@
 """The convolution as torch custom ops, ``genssm::causal_conv1d_fwd`` and ``_bwd``: fake, autograd and flop rules.
 
 One pair of ops serves all fast implementations; the backend is an argument. An implementation is a module with
-``conv_forward`` and ``conv_backward`` on the canonical arguments that `genssm.kernels.causal_conv1d` prepares.
+``conv_forward`` and ``conv_backward`` on the canonical arguments that `genssm.kernels.causal_conv1d` prepares. Results
+lie as in `arguments.empty_directions`, gradients of tokens as in `arguments.empty_gradient`.
 """
 
 import functools
@@ -41,20 +42,22 @@ def conv_fwd(x, weight, bias, silu, orders, initial_state, lengths, cu_seqlens, 
 def conv_bwd(grad_out, grad_last_state, x, *rest):
     *arguments_, backend = rest
     gradients = implementation(backend).conv_backward(grad_out, grad_last_state, x, *arguments_)
-    return tuple(x.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients)
+    inputs = (x, arguments_[0], arguments_[1], arguments_[4])
+    return tuple(x.new_empty(0) if g is None else arguments.as_gradient(g, y) for g, y in zip(gradients, inputs))
 
 
 @conv_fwd.register_fake
 def _(x, weight, bias, silu, orders, initial_state, lengths, cu_seqlens, K, backend):
-    batch, _, length, channels = x.shape
+    batch, channels = x.shape[0], x.shape[3]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     last_state = x.new_empty((sequences, K, channels, weight.shape[-1] - 1), dtype=arguments.compute_dtype(x))
-    return x.new_empty((batch, K, length, channels)), last_state
+    return arguments.empty_directions(x, K), last_state
 
 
 @conv_bwd.register_fake
 def _(grad_out, grad_last_state, x, weight, bias, silu, orders, initial_state, *rest):
-    return tuple(x.new_empty(0) if y is None else y.new_empty(y.shape) for y in (x, weight, bias, initial_state))
+    inputs = (x, weight, bias, initial_state)
+    return tuple(x.new_empty(0) if y is None else arguments.empty_gradient(y) for y in inputs)
 
 
 def _setup_context(ctx, inputs, output) -> None:

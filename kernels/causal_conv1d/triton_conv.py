@@ -1,14 +1,15 @@
 """The causal depthwise convolution along orders in Triton: sizes, buffers and launches. The kernels are in
 ``triton_walks``; the arguments are the canonical ones of the op.
 
-Directions that share x add to its gradient in launches one after the other. Sums of dweight and dbias go to a slot per
-program and are added afterwards, so two runs give the same bits.
+Directions that share x add to its gradient in launches one after the other, in its own type. Sums of dweight and dbias
+go to a slot per program and are added afterwards, so two runs give the same bits.
 """
 
 import torch
 import triton
 from torch import Tensor
 
+from genssm.kernels.arguments import empty_directions, empty_gradient
 from genssm.kernels.causal_conv1d.triton_walks import conv_backward_kernel, conv_forward_kernel
 from genssm.kernels.triton_launch import (
     device_of,
@@ -50,16 +51,15 @@ def conv_forward(
         ValueError: float64 inputs.
     """
     refuse_double(_NAME, x, weight, bias)
-    batch, _, length, channels = x.shape
-    taps = weight.shape[-1]
+    batch, channels, taps = x.shape[0], x.shape[3], weight.shape[-1]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    out = x.new_empty(batch, K, length, channels)
+    out = empty_directions(x, K)
     last = x.new_empty(sequences, K, channels, taps - 1, dtype=torch.float32)
     with device_of(x):
         given = (weight, bias, silu, orders, initial_state, lengths, cu_seqlens, K)
         common, grid, _ = _arguments((x,), *given, states=taps > 1)
         if grid[0]:
-            launch(conv_forward_kernel, grid, **common, out=out, last=last)
+            launch(conv_forward_kernel, grid, **common, out=out, last=last, **named("o", "bk", strides(out)))
     return out, last
 
 
@@ -84,8 +84,7 @@ def conv_backward(
     refuse_double(_NAME, x, weight, bias)
     channels, taps = weight.shape[-2:]
     turns = K if x.shape[1] < K else 1  # launches: directions that share x add their gradients one after the other
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    partial = torch.empty_like(dx, dtype=torch.float32) if turns > 1 and x.dtype != torch.float32 else dx
+    dx = empty_gradient(x)
     dinitial = None
     if initial_state is not None:
         dinitial = x.new_empty(initial_state.shape, dtype=torch.float32)
@@ -102,11 +101,11 @@ def conv_backward(
                 grad=grad_out,
                 grad_last=grad_last_state if taps > 1 else None,
                 dx=dx,
-                partial=partial,
                 parts=parts,
                 dinitial=dinitial,
                 **named("g", "bkle", strides(grad_out)),
                 **named("gl", "skew", strides(grad_last_state, 4)),
+                **named("dx", "bk", strides(dx)),
                 first_direction=first,
                 direction_programs=K // turns,
                 ACCUMULATE=turns > 1,

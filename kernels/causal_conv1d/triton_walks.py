@@ -23,6 +23,10 @@ _RUNTIME = [
     "bias_k",
     "i_s",
     "i_k",
+    "o_b",
+    "o_k",
+    "dx_b",
+    "dx_k",
     "gl_s",
     "gl_k",
     "length",
@@ -205,6 +209,8 @@ def conv_forward_kernel(
     i_k,
     i_e,
     i_w,
+    o_b,
+    o_k,
     length,
     sequences,
     directions,
@@ -240,7 +246,7 @@ def conv_forward_kernel(
         low = (pid % time_programs) * stretch
         high = tl.minimum(low + stretch, length)
         x_at = x + _shift(row_batch, x_b, k64, x_k, ALIGNED) + e.to(tl.int64) * x_e
-        out_at = out + (row_batch.to(tl.int64) * directions + k64) * length * CHANNELS + e
+        out_at = out + _shift(row_batch, o_b, k64, o_k, CHANNELS % 8 == 0) + e
         valid = lengths
         if lengths is not None:
             valid = tl.load(lengths + row_batch)
@@ -346,7 +352,6 @@ def conv_backward_kernel(
     borders,
     sequence_of_row,
     dx,
-    partial,
     parts,
     dinitial,
     g_b,
@@ -367,6 +372,8 @@ def conv_backward_kernel(
     i_k,
     i_e,
     i_w,
+    dx_b,
+    dx_k,
     length,
     sequences,
     directions,
@@ -386,7 +393,7 @@ def conv_backward_kernel(
 ):
     """Gradients of some directions from ``first_direction`` on.
 
-    ACCUMULATE: of one, the launches before have left the sum of theirs in ``partial``, float32; the last writes dx.
+    ACCUMULATE: of one; the launches before have left the sum of theirs in ``dx``.
     """
     BLOCKS: tl.constexpr = (CHANNELS + BLOCK_E - 1) // BLOCK_E
     pid = tl.program_id(0)
@@ -414,11 +421,7 @@ def conv_backward_kernel(
         high = tl.minimum(low + stretch, length)
         x_at = x + _shift(row_batch, x_b, k64, x_k, ALIGNED) + e.to(tl.int64) * x_e
         grad_at = grad + _shift(row_batch, g_b, k64, g_k, ALIGNED) + e.to(tl.int64) * g_e
-        if ACCUMULATE:
-            sum_at = partial + row_batch.to(tl.int64) * length * CHANNELS + e
-            dx_at = dx + row_batch.to(tl.int64) * length * CHANNELS + e
-        else:
-            dx_at = dx + (row_batch.to(tl.int64) * directions + k64) * length * CHANNELS + e
+        dx_at = dx + _shift(row_batch, dx_b, k64, dx_k, CHANNELS % 8 == 0) + e
         valid = lengths
         if lengths is not None:
             valid = tl.load(lengths + row_batch)
@@ -444,7 +447,7 @@ def conv_backward_kernel(
             next_grads = _tokens(grad_at, next_rows, left, valid, e_mask, g_l, UNROLL)
             rows_ahead = _rows(order, base + 2 * UNROLL, length, UNROLL)
             if ACCUMULATE:
-                before = _tokens(sum_at, past + rows, None, None, e_mask & (k > 0), CHANNELS, UNROLL)
+                before = _tokens(dx_at, past + rows, None, None, e_mask & (k > 0), CHANNELS, UNROLL)
             for i in tl.static_range(UNROLL):
                 taps, first = _taps(
                     recent, values[i].to(tl.float32), rows[i], base + i, initial, firsts, borders, sequence_of_row,
@@ -470,12 +473,10 @@ def conv_backward_kernel(
                     )  # fmt: skip
                 if valid is not None:
                     d = tl.where(visited[0] < valid, d, 0.0)
-                mask = e_mask & inside
                 if ACCUMULATE:
-                    d += before[i]
-                    tl.store(sum_at + visited[0].to(tl.int64) * CHANNELS, d, mask=mask & (k < directions - 1))
-                    mask = mask & (k == directions - 1)
-                tl.store(dx_at + visited[0].to(tl.int64) * CHANNELS, d.to(dx.dtype.element_ty), mask=mask)
+                    d += before[i].to(tl.float32)
+                at = dx_at + visited[0].to(tl.int64) * CHANNELS
+                tl.store(at, d.to(dx.dtype.element_ty), mask=e_mask & inside)
                 pending = _last(added, W - 1)
                 past = _last(visited, W - 1)
                 recent = _last(recent + (values[i].to(tl.float32),), W - 1)

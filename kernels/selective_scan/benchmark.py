@@ -135,14 +135,12 @@ def main() -> None:
     parser = benchmarking.parser(__doc__, _SHAPES[device_type], _LETTERS)
     parser.add_argument("--directions", nargs="+", type=int, default=[1], metavar="K", help="summed scans of a call")
     parser.add_argument("--orders", nargs="+", default=["raster"], choices=("raster", "random"), help="of the tokens")
-    parser.add_argument("--captured", action="store_true", help="time replayed CUDA graphs, without the host's part")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     print(benchmarking.hardware(device, args.threads))
     try:
-        if args.captured and device.type != "cuda":
-            raise ValueError(f"--captured needs a CUDA device, not {device}")
+        benchmarking.check_captured(args)
         if min(args.directions) < 1:
             raise ValueError(f"--directions {min(args.directions)}: expected 1 or more")
         shapes = [benchmarking.sizes(shape, _LETTERS) for shape in args.shapes]

@@ -6,7 +6,8 @@ One pair of ops serves all fast implementations; the backend is an argument. An 
     scan_backward(grad_out, grad_last_state, saved, u, ..., reduce_sum) -> nine gradients
     saved_shape(batch, directions, length, channels, states, sequences) -> shape of ``saved``, float32 or float64
 
-with the canonical arguments that `genssm.kernels.selective_scan` prepares.
+with the canonical arguments that `genssm.kernels.selective_scan` prepares. Gradients end up as in
+`arguments.empty_gradient`.
 """
 
 import functools
@@ -55,7 +56,8 @@ def scan_fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, initia
 def scan_bwd(grad_out, grad_last_state, saved, u, *rest):
     *arguments_, backend = rest
     gradients = implementation(backend).scan_backward(grad_out, grad_last_state, saved, u, *arguments_)
-    return tuple(u.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients)
+    inputs = (u, *arguments_[:7], arguments_[9])
+    return tuple(u.new_empty(0) if g is None else arguments.as_gradient(g, x) for g, x in zip(gradients, inputs))
 
 
 @scan_fwd.register_fake
@@ -93,7 +95,7 @@ def _(
     grad_out, grad_last_state, saved, u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, initial_state, *rest
 ):
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return tuple(u.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+    return tuple(u.new_empty(0) if x is None else arguments.empty_gradient(x) for x in inputs)
 
 
 def _setup_context(ctx, inputs, output) -> None:

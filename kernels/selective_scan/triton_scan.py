@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from genssm.kernels.arguments import empty_gradient
 from genssm.kernels.selective_scan.reference import directions_of
 from genssm.kernels.selective_scan.triton_backward import scan_adjoint_kernel, scan_backward_kernel
 from genssm.kernels.selective_scan.triton_forward import chain_kernel, scan_forward_kernel
@@ -420,7 +421,8 @@ def scan_backward(
                 torch.sum(slots, 0, out=dbc.narrow(1, first, plan.direction_programs))
     du, ddelta, dz = (x.result() for x in per_token)
     dA = _sum(da, A.shape[0]).transpose(-1, -2).to(A.dtype).contiguous()
-    dB, dC = (_sum(part[None], x.shape[1], 1).to(x.dtype).contiguous() for part, x in zip(dbc.unbind(-1), (B, C)))
+    sums = (_sum(part[None], x.shape[1], 1) for part, x in zip(dbc.unbind(-1), (B, C)))
+    dB, dC = (empty_gradient(x).copy_(total) for total, x in zip(sums, (B, C)))
     dD = None if D is None else _sum(dskip, D.shape[0]).to(D.dtype)
     ddelta_bias = None if delta_bias is None else _sum(dbias, delta_bias.shape[0]).to(delta_bias.dtype)
     dinitial = None if dinitial is None else dinitial.to(initial_state.dtype)
@@ -466,8 +468,10 @@ class _Summed:
         if x is None:
             return
         batch, own, length, channels = x.shape
-        self.in_turn = own < directions and direction_programs == 1
-        self.final = x.new_empty(batch, 1 if self.in_turn else max(own, directions), length, channels)
+        shared = own < directions
+        self.in_turn = shared and direction_programs == 1
+        apart = shared and not self.in_turn
+        self.final = x.new_empty(batch, directions, length, channels) if apart else empty_gradient(x)
         self.strides = (self.final.stride(0), 0 if self.final.shape[1] == 1 else self.final.stride(1))
 
     def result(self) -> Tensor | None:

@@ -108,6 +108,7 @@ def main() -> None:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     print(benchmarking.hardware(device, args.threads))
     try:
+        benchmarking.check_captured(args)
         shapes = [benchmarking.sizes(shape, _LETTERS) for shape in args.shapes]
         possible = {b: dispatch.why_not(b, device.type, device.index or 0, op="ssd") for b in ("chunked", "triton")}
         backends = benchmarking.choose(args.backends, possible)
@@ -121,7 +122,7 @@ def main() -> None:
         inputs = arguments(shape, device, dtype)
         name, elements = "x".join(map(str, shape)), shape[0] * shape[1] * shape[2] * shape[3]
         whole = [c for c in (*others, *contenders) if c.call is not matrix_form or shape[1] % _CHUNK == 0]
-        rows += [benchmarking.measure(name, elements, contender, inputs) for contender in whole]
+        rows += [benchmarking.measure(name, elements, c, inputs, captured=args.captured) for c in whole]
     benchmarking.report(rows, _USUAL, args.csv)
 
 

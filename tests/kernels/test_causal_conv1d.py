@@ -91,6 +91,19 @@ def test_any_strides(backend: str, device: str) -> None:
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@fast
+def test_directions_lie_one_after_the_other(backend: str, device: str) -> None:
+    """In the result always, in the gradient where they do in x; the numbers are the same."""
+    problem = conv_problem(Case(directions=2, order="both", own="x weight")).to(device, torch.float32)
+    expected = run(causal_conv1d, problem, backend)
+    x = problem.inputs["x"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    problem.inputs["x"] = x
+    found = run(causal_conv1d, problem, backend)
+    assert found["y"].transpose(0, 1).is_contiguous() and found["dx"].stride() == x.stride()
+    assert expected["y"].stride() == found["y"].stride() and expected["dx"].is_contiguous()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_result_has_directions_where_an_argument_has() -> None:
     x, weight = torch.randn(2, 5, 4), torch.randn(4, 3)
     order = torch.arange(5)
@@ -187,7 +200,8 @@ def test_packed_sequences_equal_separate_ones(backend: str, device: str) -> None
 
 
 @fast
-def test_opcheck(backend: str, device: str) -> None:
+@pytest.mark.parametrize("outermost", [False, True])
+def test_opcheck(backend: str, device: str, outermost: bool) -> None:
     K, E, W, L = 2, 4, 3, 5
     g = torch.Generator().manual_seed(0)
 
@@ -196,7 +210,7 @@ def test_opcheck(backend: str, device: str) -> None:
 
     orders = torch.stack([torch.arange(L), torch.arange(L).flip(0)]).int().to(device)
     args = (
-        random(2, 1, L, E),
+        random(K, 2, L, E).transpose(0, 1) if outermost else random(2, 1, L, E),
         random(K, E, W),
         random(1, E),
         True,

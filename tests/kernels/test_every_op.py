@@ -208,7 +208,7 @@ def test_mixed_devices_are_named(name: str) -> None:
         OPS[name][0](**{**inputs, strange: inputs[strange].to("meta")})
 
 
-@pytest.mark.parametrize("name", [*OPS, "add_norm", "isolated_scans"])
+@pytest.mark.parametrize("name", [*OPS, "add_norm", "gated_residual", "isolated_scans"])
 def test_examples_of_docstrings(name: str) -> None:
     function = getattr(importlib.import_module(f"genssm.kernels.{name}"), name)
     (examples,) = doctest.DocTestFinder(recurse=False).find(function, name, globs={"torch": torch, name: function})

@@ -64,14 +64,12 @@ def test_drop_path() -> None:
     assert ((ratio != 0) == kept[:, None]).all(), "dropped sample by sample"
     assert abs(float(kept.float().mean()) - 0.75) < 0.03
     torch.testing.assert_close(ratio[kept], torch.full_like(ratio[kept], 4 / 3))
-    stream = torch.randn_like(x)
-    results = []
-    for given in ({}, {"stream": stream}):
-        torch.manual_seed(1)
-        results.append(drop(x, **given))
-    torch.testing.assert_close(results[1], stream + results[0])
+    torch.manual_seed(1)
+    factor = drop.factor(x)
+    torch.manual_seed(1)
+    assert factor.shape == (4000, 1, 1) and torch.equal(drop(x), x * factor)
     assert drop.eval()(x) is x
-    assert torch.equal(drop(x, stream=stream), stream + x)
+    assert drop.factor(x) is None
     assert DropPath(0.0)(x) is x
     for rate in (-0.1, 1.0):
         with pytest.raises(ValueError, match="drop path"):

@@ -27,18 +27,17 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "dim": (DiM, {"num_classes": 5}),
 }
 # Launches of one block, forward and backward; for DiM of two, with a long skip between them.
-LAUNCHES = {"zigma": (22, 34), "zigma-text": (33, 52), "dimsum": (81, 123), "dim": (44, 70)}
+LAUNCHES = {"zigma": (20, 28), "zigma-text": (31, 47), "dimsum": (78, 115), "dim": (42, 64)}
 # Operations whose result has an element for each token and channel, forward.
 PASSES = {
-    # gate, inner skip, residual with stochastic depth
-    "zigma": {"mul": 1, "add": 1, "addcmul": 1},
-    # gate, inner skip, residual with stochastic depth; heads, projections and cross attention copy nothing
-    "zigma-text": {"mul": 1, "add": 1, "addcmul": 1},
-    # stochastic depth; gate and residual, of space, frequency and MLP; modulation in frequency; activation of the MLP
-    # and its product; cells gathered and packed, and both undone; the spatial half for its product; halves joined
-    "dimsum": {"mul": 6, "add": 4, "gelu": 1, "clone": 4, "_to_copy": 1, "cat": 1},
-    # gate and residual twice; stream and skip for their products, their sum, back in float32
-    "dim": {"mul": 2, "add": 3, "_to_copy": 3},
+    "zigma": {},
+    # heads, projections and cross attention copy nothing
+    "zigma-text": {},
+    # stochastic depth; modulation in frequency; activation of the MLP and its product; cells gathered and packed, and
+    # both undone; the spatial half for its product; halves joined
+    "dimsum": {"mul": 3, "add": 1, "gelu": 1, "clone": 4, "_to_copy": 1, "cat": 1},
+    # stream and skip for their products, their sum, back in float32
+    "dim": {"add": 1, "_to_copy": 3},
 }
 
 
