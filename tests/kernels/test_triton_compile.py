@@ -299,7 +299,9 @@ def test_backward_in_shared_memory(options: dict, arch: int, monkeypatch: pytest
     caught = Caught().of(monkeypatch, triton_scan._shared_kernel())
     others = scan_launches(**options)
     assert not any("scratch" in arguments for _, arguments in others)
-    [(kernel, arguments)] = caught
+    in_turn = options.get("directions", 1)  # each direction a launch
+    assert [arguments["first_direction"] for _, arguments in caught] == list(range(in_turn))
+    kernel, arguments = caught[0]
     compiled = compile_for(kernel, arguments, ("cuda", arch, 32))
     assert 6 * (compiled.metadata.shared + 1024) <= triton_scan._SHARED_BYTES
     found = resources(compiled)
@@ -342,7 +344,8 @@ def test_many_states_go_backward_in_parts(
     caught = Caught().of(monkeypatch, triton_scan._shared_kernel())
     others = scan_launches(states=states, directions=directions, initial=True, segments=1)
     assert {kernel.__name__ for kernel, _ in others} == {"scan_forward_kernel"}
-    assert [arguments["directions"] for _, arguments in caught] == [parts] * directions
+    assert [arguments["first_direction"] for _, arguments in caught] == [*range(parts)] * directions
+    assert {arguments["directions"] for _, arguments in caught} == {parts}
     assert {arguments["STATES"] for _, arguments in caught} == {-(-states // parts)}
     compile_for(*caught[0], ("cuda", 90, 32))
 
