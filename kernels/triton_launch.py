@@ -14,6 +14,10 @@ from torch import Tensor
 
 from genssm.kernels.arguments import outer_directions
 
+# Arguments of kernels that hold rows and sizes. They are read one by one, so their alignment must not make a binary: an
+# order is a row of a table, and starts anywhere.
+TABLES = ("orders", "lengths", "first_steps", "borders")
+
 
 def refuse_double(op: str, *tensors: Tensor | None) -> None:
     """Raise ValueError for float64 tensors."""

@@ -152,12 +152,13 @@ class Mamba(DirectedMixer):
         )  # (B, K, L, E) or (B, L, E)
         x, delta, B, C = self._project_steps(x)
         A_log, D, dt_bias = (self.stacked(name) for name in ("A_log", "D", "dt_bias"))
-        y, ssm_last = selective_scan(
+        y = selective_scan(
             x, delta, -upcast(A_log).exp(), B, C, upcast(D), z,
             delta_bias=upcast(dt_bias), delta_softplus=True,
-            initial_state=ssm, return_last_state=True, **scan_over,
+            initial_state=ssm, return_last_state=state is not None, **scan_over,
         )  # (B, L, E), summed over directions  # fmt: skip
         if state is not None:
+            y, ssm_last = y
             with torch.no_grad():
                 conv.copy_(conv_last)
                 keep_state(ssm, ssm_last)
@@ -209,5 +210,6 @@ class Mamba(DirectedMixer):
 
     def _project_steps(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """x, delta before bias and softplus (..., E), B and C (..., N), with each direction's own projections."""
-        x_projs, dt_projs = ([getattr(self, name + suffix) for suffix in self.suffixes] for name in ("x_proj", "dt_proj"))
+        x_projs = [getattr(self, "x_proj" + suffix) for suffix in self.suffixes]
+        dt_projs = [getattr(self, "dt_proj" + suffix) for suffix in self.suffixes]
         return steps_and_maps(x, x_projs, dt_projs, (self.dt_rank, self.d_state, self.d_state))

@@ -17,7 +17,7 @@ from genssm.kernels import dispatch
 from genssm.kernels.custom_op import batched, watched
 from genssm.layers.modulation import product_dtype
 
-# B batch, K directions, L tokens, E channels, R dt_rank, N d_state, S sets of weights (1 or K), M = K B L / S rows of one
+# B batch, K directions, L tokens, E channels, R dt_rank, N d_state, S sets of weights (1 or K), M = K B L / S rows each
 
 
 def bare(x: torch.Tensor, *modules: nn.Module) -> bool:

@@ -1,8 +1,8 @@
 """The causal depthwise convolution along orders in Triton: sizes, buffers and launches. The kernels are in
 ``triton_walks``; the arguments are the canonical ones of the op.
 
-Directions that share x add to its gradient in launches one after the other, in its own type. Sums of dweight and dbias go to a slot per
-program and are added afterwards, so two runs give the same bits.
+Directions that share x add to its gradient in launches one after the other, in its own type. Sums of dweight and dbias
+go to a slot per program and are added afterwards, so two runs give the same bits.
 """
 
 import torch

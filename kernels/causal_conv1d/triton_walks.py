@@ -11,6 +11,8 @@ the states of one sequence.
 import triton
 import triton.language as tl
 
+from genssm.kernels.triton_launch import TABLES
+
 # Lengths and batch sizes never enter a compiled kernel: not as a constant, not through their divisibility.
 _RUNTIME = [
     "x_b",
@@ -184,7 +186,7 @@ def _adjoint_step(g, taps, pending, weights, step, first, borders, W: tl.constex
     return grads
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=TABLES)
 def conv_forward_kernel(
     x,
     weight,
@@ -336,7 +338,7 @@ def _gradient_at(
     return g
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=TABLES)
 def conv_backward_kernel(
     grad,
     grad_last,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from genssm.kernels.selective_scan.triton_tiles import LOG2E, sigmoid, softplus
+from genssm.kernels.triton_launch import TABLES
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def _products(weights, c):
     return tl.sum(weights.to(tl.float32) * c.to(tl.float32)[None, :], 1).to(weights.dtype).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["x_b", "length", "padded", "directions", "tiles"])
+@triton.jit(do_not_specialize=["x_b", "length", "padded", "directions", "tiles"], do_not_specialize_on_alignment=TABLES)
 def project_kernel(
     x, orders, taps, bias, x_proj, dt_proj, dt_bias, inputs, steps, maps, x_b, x_l, x_e, length, padded, directions,
     tiles, CHANNELS: tl.constexpr, STATES: tl.constexpr, RANK: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr,
@@ -158,7 +159,9 @@ def _sum_directions(
         tl.store(out + ((b * length + row) * CHANNELS + e), y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["z_b", "length", "padded", "directions", "span", "zero"])
+@triton.jit(
+    do_not_specialize=["z_b", "length", "padded", "directions", "span", "zero"], do_not_specialize_on_alignment=TABLES
+)
 def walk_kernel(
     inputs, steps, maps, a_log, skip, z, orders, partial, carry, out, z_b, z_l, z_e, length, padded, directions, span,
     zero, CHANNELS: tl.constexpr, STATES: tl.constexpr, ROW: tl.constexpr, P: tl.constexpr, SEGS: tl.constexpr,

@@ -61,7 +61,8 @@ def selective_scan(
             the state passes over them, their outputs and gradients are zero.
         cu_seqlens: borders 0, ..., L of sequences packed into a batch of 1, (S + 1,), integers. Every order must visit
             each sequence in one go; the state starts anew at its first token. Not together with ``lengths``.
-        reduce: "sum" adds the directions in float32, "none" returns each.
+        reduce: "sum" adds the directions, "none" returns each. On a GPU half types are rounded after each direction, in
+            the result and in gradients of arguments that directions share.
         backend: "auto", "reference", "chunked", "compiled" or "triton"; see `genssm.kernels.dispatch`. Only
             "reference" can be differentiated twice; forward-mode derivatives are not supported by the others.
     Returns:
@@ -83,7 +84,10 @@ def selective_scan(
     *tensors, bias, orders, initial_state, lengths, cu_seqlens = args
     args = (*tensors, bias, delta_softplus, orders, initial_state, lengths, cu_seqlens, reduce == "sum")
     chosen = dispatch.resolve(_NAME, backend, u)
-    out, last_state = scan_reference(*args) if chosen == "reference" else _op.scan(*args, chosen)
+    if chosen == "reference":
+        out, last_state = scan_reference(*args)
+    else:
+        out, last_state = _op.scan(*args, return_last_state, chosen)
     return (out, last_state) if return_last_state else out
 
 

@@ -53,8 +53,10 @@ def scan_forward(
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
     reduce_sum: bool,
+    return_last_state: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Result, last state and the states before each chunk; canonical arguments as in `reference.scan_reference`."""
+    """Result, last state (empty where not wanted) and the states before each chunk; canonical arguments as in
+    `reference.scan_reference`."""
     problem = _Problem(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, lengths, cu_seqlens)
     batch, _, length, channels = u.shape
     K, N, dtype = problem.directions, A.shape[-1], problem.dtype
@@ -83,7 +85,11 @@ def scan_forward(
             if span.last:
                 block.state(last_state, span).copy_(h)
     result = out.result()
-    return result.squeeze(1) if reduce_sum else result, last_state, saved
+    return (
+        result.squeeze(1) if reduce_sum else result,
+        last_state if return_last_state else last_state.new_empty(0),
+        saved,
+    )
 
 
 def scan_backward(

@@ -58,8 +58,10 @@ def scan_forward(
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
     reduce_sum: bool,
+    return_last_state: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Result, last state and the states before each chunk; canonical arguments as in `reference.scan_reference`."""
+    """Result, last state (empty where not wanted) and the states before each chunk; canonical arguments as in
+    `reference.scan_reference`."""
     call = _Call(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, initial_state, lengths, cu_seqlens, reduce_sum
     )
@@ -72,7 +74,7 @@ def scan_forward(
         last_state.copy_(initial_state) if initial_state is not None else last_state.zero_()
     call.pointers(out=out, last=last_state, saved=saved)
     call.run("genssm_scan_forward")
-    return out.to(u.dtype), last_state, saved
+    return out.to(u.dtype), last_state if return_last_state else last_state.new_empty(0), saved
 
 
 def scan_backward(

@@ -2,7 +2,7 @@
 
 One pair of ops serves all fast implementations; the backend is an argument. An implementation is a module with
 
-    scan_forward(u, ..., reduce_sum) -> (out, last_state, saved)
+    scan_forward(u, ..., reduce_sum, return_last_state) -> (out, last_state or an empty tensor, saved)
     scan_backward(grad_out, grad_last_state, saved, u, ..., reduce_sum) -> nine gradients
     saved_shape(batch, directions, length, channels, states, sequences) -> shape of ``saved``, float32 or float64
 
@@ -26,7 +26,7 @@ _MODULES = {"chunked": "chunked", "compiled": "compiled", "triton": "triton_scan
 _TENSORS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
     "bool delta_softplus, Tensor? orders, Tensor? initial_state, Tensor? lengths, Tensor? cu_seqlens, "
-    "bool reduce_sum, str backend"
+    "bool reduce_sum"
 )
 
 
@@ -36,19 +36,21 @@ def implementation(backend: str) -> ModuleType:
     return importlib.import_module(f"genssm.kernels.selective_scan.{_MODULES[backend]}")
 
 
-@custom_op("genssm::selective_scan_fwd", schema=f"({_TENSORS}) -> (Tensor, Tensor, Tensor)")
-def scan_fwd(
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, initial_state, lengths, cu_seqlens, reduce_sum, backend
-):
+@custom_op(
+    "genssm::selective_scan_fwd",
+    schema=f"({_TENSORS}, bool return_last_state, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def scan_fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, initial_state, lengths, cu_seqlens, *rest):
     arguments.check_visits("selective_scan", orders, cu_seqlens, u.shape[2])
+    *rest, backend = rest
     return implementation(backend).scan_forward(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, initial_state, lengths, cu_seqlens, reduce_sum
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, initial_state, lengths, cu_seqlens, *rest
     )
 
 
 @custom_op(
     "genssm::selective_scan_bwd",
-    schema=f"(Tensor grad_out, Tensor? grad_last_state, Tensor saved, {_TENSORS}) -> "
+    schema=f"(Tensor grad_out, Tensor? grad_last_state, Tensor saved, {_TENSORS}, str backend) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def scan_bwd(grad_out, grad_last_state, saved, u, *rest):
@@ -60,7 +62,22 @@ def scan_bwd(grad_out, grad_last_state, saved, u, *rest):
 
 @scan_fwd.register_fake
 def _(
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, initial_state, lengths, cu_seqlens, reduce_sum, backend
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    delta_softplus,
+    orders,
+    initial_state,
+    lengths,
+    cu_seqlens,
+    reduce_sum,
+    return_last_state,
+    backend,
 ):
     batch, _, length, channels = u.shape
     states = A.shape[-1]
@@ -68,7 +85,7 @@ def _(
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = arguments.compute_dtype(u)
     out = u.new_empty((batch, length, channels) if reduce_sum else (batch, directions, length, channels))
-    last_state = u.new_empty((sequences, directions, channels, states), dtype=dtype)
+    last_state = u.new_empty((sequences, directions, channels, states) if return_last_state else 0, dtype=dtype)
     saved = implementation(backend).saved_shape(batch, directions, length, channels, states, sequences)
     return out, last_state, u.new_empty(saved, dtype=dtype)
 
@@ -97,6 +114,7 @@ def _setup_context(ctx, inputs, output) -> None:
         lengths,
         cu_seqlens,
         ctx.reduce_sum,
+        ctx.return_last_state,
         ctx.backend,
     ) = inputs
     out, _, saved = output
@@ -110,10 +128,11 @@ def _backward(ctx, grad_out: Tensor | None, grad_last_state: Tensor | None, grad
     if grad_out is None:
         grad_out = u.new_zeros(ctx.out_shape)
     given = (u, delta, A, B, C, D, z, bias, ctx.delta_softplus, orders, initial, lengths, cu_seqlens, ctx.reduce_sum)
+    grad_last_state = grad_last_state if ctx.return_last_state else None  # else of an empty tensor
     gradients = scan_bwd(grad_out, grad_last_state, saved, *given, ctx.backend)
     present = (u, delta, A, B, C, D, z, bias, initial)
     du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = (g if x is not None else None for g, x in zip(gradients, present))
-    return du, ddelta, dA, dB, dC, dD, dz, dbias, None, None, dinitial, None, None, None, None
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, None, None, dinitial, None, None, None, None, None
 
 
 scan_fwd.register_autograd(_backward, _setup_context)

@@ -1,7 +1,8 @@
 """Triton kernels of the scan's forward pass. Shapes as in `genssm.kernels.selective_scan`; tiles as in `triton_tiles`.
 
 steps    positions along an order; rows are the tokens' own positions
-chunk    CHUNK steps, counted from step 0 of the batch row; the state before each one is kept for the backward
+chunk    CHUNK steps, counted from step 0 of the batch row; the state before each one but a sequence's first is kept for
+         the backward
 segment  SEGMENT chunks of one sequence, scanned by its own program where channels alone do not fill the device
 block    EC * EL channels of one group
 """
@@ -33,6 +34,7 @@ from genssm.kernels.selective_scan.triton_tiles import (
     vector_channels,
     vector_states,
 )
+from genssm.kernels.triton_launch import TABLES
 
 # Lengths and batch sizes never enter a compiled kernel: not as a constant, not through their divisibility.
 _RUNTIME = [
@@ -65,7 +67,7 @@ _RUNTIME = [
 ]
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=TABLES)
 def scan_forward_kernel(
     u,
     delta,
@@ -81,7 +83,6 @@ def scan_forward_kernel(
     first_steps,
     borders,
     out,
-    partial,
     last,
     saved,
     carry,
@@ -148,7 +149,7 @@ def scan_forward_kernel(
 
     With OUTPUT: from the right initial state, writes results, checkpoints and the last state. Without: from zero,
     writes only the segment's last state (``carry``) and its sum of delta (``decay``); the last segment takes no part.
-    ACCUMULATE: this program takes the directions one after the other and adds them in ``partial``, float32.
+    ACCUMULATE: this program takes the directions one after the other and adds them in ``out``.
     """
     BLOCK: tl.constexpr = EC * EL
     GROUP_BLOCKS: tl.constexpr = (GROUP_CHANNELS + BLOCK - 1) // BLOCK
@@ -224,11 +225,9 @@ def scan_forward_kernel(
             if z is not None:
                 z_near = z + row_batch * z_b + k64 * z_k + (origin * z_e + zero)
                 z_at = z_near + ev * z_e
-            out_at = out + row_batch * out_b + k64 * out_k + (origin + zero) + ev
+            out_near = out + row_batch * out_b + k64 * out_k + (origin + zero)
+            out_at = out_near + ev
             kept = saved + (row_batch * directions + k64) * chunks * (STATES * CHANNELS) + (origin + zero)
-            if ACCUMULATE:
-                sum_near = partial + row_batch * out_b + (origin + zero)
-                sum_at = sum_near + ev
         total = tl.zeros([EC, EL], tl.float32)
 
         low = first // CHUNK + segment * segment_chunks
@@ -240,9 +239,8 @@ def scan_forward_kernel(
             rows_ahead = steps_rows(order, bottom + WINDOW + tl.arange(0, WINDOW), bottom, top, WIDE)
         for chunk in range(low, high):
             if OUTPUT:
-                store_tile(
-                    kept + chunk * (STATES * CHANNELS) + own, h, only(own_mask, chunk * CHUNK >= first), EC, NI, NL, EL
-                )
+                at = kept + (chunk - 1) * (STATES * CHANNELS)
+                store_tile(at + own, h, only(own_mask, chunk * CHUNK > first), EC, NI, NL, EL)
             stop = tl.minimum((chunk + 1) * CHUNK, end)
             start = tl.maximum(chunk * CHUNK, first)
             next_rows = trip_rows(order, start, stop, WIDE, UNROLL)
@@ -256,7 +254,7 @@ def scan_forward_kernel(
                         if z is not None:
                             prefetch(z_near, rows_ahead, z_l, z_e, columns, BLOCK)
                         if ACCUMULATE:
-                            prefetch(sum_near, rows_ahead, CHANNELS, 1, columns, BLOCK)
+                            prefetch(out_near, rows_ahead, CHANNELS, 1, columns, BLOCK)
                     rows_ahead = steps_rows(order, window + 2 * WINDOW + tl.arange(0, WINDOW), bottom, top, WIDE)
                 past = tl.minimum(window + WINDOW, stop)
                 for base in range(window, past, UNROLL):
@@ -288,7 +286,7 @@ def scan_forward_kernel(
                             if z is not None:
                                 zs = zs + (load_vector(z_at + row * z_l, e_mask),)
                             if ACCUMULATE:
-                                sums = sums + (load_vector(sum_at + row * CHANNELS, only(ev_mask, k64 > 0)),)
+                                sums = sums + (load_vector(out_at + row * CHANNELS, only(ev_mask, k64 > 0)),)
                     for i in tl.static_range(UNROLL):
                         step = ds[i]
                         if bias is not None:
@@ -306,16 +304,15 @@ def scan_forward_kernel(
                             mask = only(ev_mask, base + i < past)
                             if ACCUMULATE:
                                 y = y + sums[i]
-                                tl.store(sum_at + rows[i] * CHANNELS, y, mask=only(mask, k64 < directions - 1))
-                                mask = only(mask, k64 == directions - 1)
                             tl.store(out_at + rows[i] * CHANNELS, y.to(out.dtype.element_ty), mask=mask)
                         else:
                             total = total + step
 
         if OUTPUT:
-            written = only(own_mask, segment == segments - 1)
-            place = last + (sk * CHANNELS + origin) * STATES
-            store_tile(place + (et * STATES + nt), h, written, EC, NI, NL, EL)
+            if last is not None:
+                written = only(own_mask, segment == segments - 1)
+                place = last + (sk * CHANNELS + origin) * STATES
+                store_tile(place + (et * STATES + nt), h, written, EC, NI, NL, EL)
         else:
             place = sk * segments + segment
             store_tile(carry + place * (STATES * CHANNELS) + (origin + zero) + own, h, own_mask, EC, NI, NL, EL)

@@ -31,6 +31,7 @@ from genssm.kernels.selective_scan.triton_shared_tiles import (
     load_float,
     sigmoid,
 )
+from genssm.kernels.triton_launch import TABLES
 
 
 @gluon.jit
@@ -115,6 +116,199 @@ def gate_rows(z, z_at, z_l, rows, mask, lengths, limit):
 
 
 @gluon.jit
+def scan_direction(
+    k,
+    where,
+    lanes,
+    masks,
+    buffers,
+    inputs,
+    results,
+    u_strides,
+    d_strides,
+    z_strides,
+    b_strides,
+    c_strides,
+    i_strides,
+    k_strides,
+    sizes,
+    SOFTPLUS: gl.constexpr,
+    OUTPUT: gl.constexpr,
+    CARRIED: gl.constexpr,
+    HANDED_ON: gl.constexpr,
+    ACCUMULATE: gl.constexpr,
+    CHANNELS: gl.constexpr,
+    STATES: gl.constexpr,
+    CHUNK: gl.constexpr,
+    WARPS: gl.constexpr,
+    TRIP: gl.constexpr,
+):
+    """One direction of `scan_segment`: a function, because the compiler goes through every loop twice."""
+    group, segment, s, origin, row_batch, limit = where
+    token, fetched, ev, nv, et, nt, own = lanes
+    ev_mask, nv_mask, own_mask = masks
+    steps, feds, bs, cs, shares = buffers
+    u, delta, a, b, c, skip, z, bias, orders, initial, lengths, first_steps, borders = inputs
+    out, last, saved, carry, decay = results
+    u_b, u_k, u_l, u_e = u_strides
+    d_b, d_k, d_l, d_e = d_strides
+    z_b, z_k, z_l, z_e = z_strides
+    b_b, b_k, b_l, b_g, b_n = b_strides
+    c_b, c_k, c_l, c_g, c_n = c_strides
+    i_s, i_k, i_e, i_n = i_strides
+    a_k, skip_k, bias_k, out_b, out_k = k_strides
+    length, sequences, directions, segments, segment_chunks, chunks, zero = sizes
+    BLOCK: gl.constexpr = 32
+    NI: gl.constexpr = 16 // WARPS
+    RUN: gl.constexpr = min(4, TRIP // WARPS)
+    RUNS: gl.constexpr = TRIP // RUN
+    TRIPS: gl.constexpr = CHUNK // TRIP
+    TILE: gl.constexpr = gl.BlockedLayout([1, NI, 1], [1, 1, 32], [WARPS, 1, 1], [2, 1, 0])
+    TOKENS: gl.constexpr = gl.BlockedLayout([1, 1, RUN], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])
+    LANES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, TILE))
+    gl.static_assert(TRIPS % 2 == 0)
+    k64 = k.to(gl.int64)
+    sk = s * directions + k64
+    order = orders
+    if orders is not None:
+        order = orders + k64 * length
+    if borders is None:
+        first = zero * 0
+        end = length
+    else:
+        first = gl.load(first_steps + k64 * sequences + s)
+        end = first + gl.load(borders + s + 1) - gl.load(borders + s)
+    if CARRIED:
+        h = load_float(carry + (sk * segments + segment) * (STATES * CHANNELS) + origin + own, own_mask)
+    elif OUTPUT & (initial is not None):
+        h = load_float(initial + s * i_s + k64 * i_k + origin * i_e + (et * i_e + nt * i_n), own_mask)
+    else:
+        h = gl.full([WARPS, NI, BLOCK], 0.0, gl.float32, TILE)
+    a2 = load_float(a + k64 * a_k + origin + own, own_mask) * LOG2E
+    bias_e = 0.0
+    if bias is not None:
+        bias_e = load_float(bias + k64 * bias_k + origin + ev, ev_mask)
+    skip_e = 0.0
+    if OUTPUT & (skip is not None):
+        skip_e = load_float(skip + k64 * skip_k + origin + ev, ev_mask)
+
+    u_at = address(u + row_batch * u_b + k64 * u_k + origin * u_e + ev * u_e)
+    d_at = address(delta + row_batch * d_b + k64 * d_k + origin * d_e + ev * d_e)
+    b_at = address(b + row_batch * b_b + k64 * b_k + group * b_g + nv.to(gl.int64) * b_n)
+    c_at = address(c + row_batch * c_b + k64 * c_k + group * c_g + nv.to(gl.int64) * c_n)
+    out_at = address(out + row_batch * out_b + k64 * out_k + origin + ev)
+    z_at = 0
+    if z is not None:
+        z_at = address(z + row_batch * z_b + k64 * z_k + origin * z_e + ev * z_e)
+    kept = saved + ((row_batch * directions + k64) * chunks - 1) * (STATES * CHANNELS) + origin
+    total = gl.full([RUNS, BLOCK, RUN], 0.0, gl.float32, TOKENS)
+
+    high = gl.cdiv(end, CHUNK) - (segments - segment - 1) * segment_chunks
+    low = gl.maximum(high - segment_chunks, first // CHUNK)  # the first segment may be shorter
+    bottom = gl.maximum(low * CHUNK, first)
+    stop = gl.minimum(high * CHUNK, end)
+    lowest = gl.minimum(bottom, length - 1)
+    highest = gl.maximum(stop - 1, lowest)
+
+    # The first trip, of whose steps those before ``first`` change nothing.
+    base = low * CHUNK
+    rows = visited(order, base + token, lowest, highest)
+    seen = (base + token >= bottom) & (base + token < stop)
+    fetch_rows = visited(order, base + fetched, lowest, highest)
+    e_mask = ev_mask
+    n_mask = nv_mask
+    if lengths is not None:  # padding may hold anything
+        seen = seen & (rows < limit)
+        e_mask = ev_mask & seen
+        n_mask = nv_mask & (fetch_rows < limit)
+    us = gl.load(in_row(u, u_at, rows, byte_count(u, u_l)), mask=e_mask, other=0.0)
+    ds = gl.load(in_row(delta, d_at, rows, byte_count(delta, d_l)), mask=e_mask, other=0.0)
+    step = activated(biased(ds, bias_e, bias is not None), seen, SOFTPLUS)
+    steps[0].store(step)
+    feds[0].store(step * us.to(gl.float32))
+    b_rows = gl.load(in_row(b, b_at, fetch_rows, byte_count(b, b_l)), mask=n_mask, other=0.0)
+    bs[0].store(b_rows.to(gl.float32))
+    if OUTPUT:
+        c_rows = gl.load(in_row(c, c_at, fetch_rows, byte_count(c, c_l)), mask=n_mask, other=0.0)
+        cs[0].store(c_rows.to(gl.float32))
+    else:
+        total = total + step
+    late_rows = rows
+    late_us = us
+    next_rows = visited(order, base + TRIP + token, lowest, highest)
+    next_fetch_rows = visited(order, base + TRIP + fetched, lowest, highest)
+    for chunk in range(low, high):
+        if OUTPUT:
+            gl.store(kept + chunk * (STATES * CHANNELS) + own, h, mask=own_mask & (chunk * CHUNK > first))
+        for i in gl.static_range(TRIPS):
+            base = chunk * CHUNK + i * TRIP
+            # Loads: for the trip behind, and what only the end of the trip before needs.
+            seen = base + TRIP + token < stop
+            e_mask = ev_mask
+            n_mask = nv_mask
+            if lengths is not None:
+                seen = seen & (next_rows < limit)
+                e_mask = ev_mask & seen
+                n_mask = nv_mask & (next_fetch_rows < limit)
+            next_us = gl.load(in_row(u, u_at, next_rows, byte_count(u, u_l)), mask=e_mask, other=0.0)
+            ds = gl.load(in_row(delta, d_at, next_rows, byte_count(delta, d_l)), mask=e_mask, other=0.0)
+            b_rows = gl.load(in_row(b, b_at, next_fetch_rows, byte_count(b, b_l)), mask=n_mask, other=0.0)
+            if OUTPUT:
+                c_rows = gl.load(in_row(c, c_at, next_fetch_rows, byte_count(c, c_l)), mask=n_mask, other=0.0)
+                late = (base - TRIP + token >= bottom) & (base - TRIP + token < stop)
+                zs = gate_rows(z, z_at, z_l, late_rows, ev_mask, lengths, limit)
+                sums = earlier(out, out_at, late_rows, CHANNELS, ev_mask & late & (k64 > 0), ACCUMULATE)
+            after_rows = visited(order, base + 2 * TRIP + token, lowest, highest)
+            after_fetch_rows = visited(order, base + 2 * TRIP + fetched, lowest, highest)
+
+            ys = ()
+            for run in gl.static_range(RUNS):
+                step_run = columns(steps[i % 2].slice(run, 1), LANES, WARPS)
+                fed_run = columns(feds[i % 2].slice(run, 1), LANES, WARPS)
+                for j in gl.static_range(RUN):
+                    bt = state_column(bs[i % 2].slice(run * RUN + j, 1), TILE, WARPS)
+                    h = gl.exp2(step_run[j][None, None, :] * a2) * h + fed_run[j][None, None, :] * bt
+                    if OUTPUT:
+                        ct = state_column(cs[i % 2].slice(run * RUN + j, 1), TILE, WARPS)
+                        ys = ys + (gl.sum(h * ct, 1),)
+            if OUTPUT:
+                store_shares(shares[i % 2], ys)
+            if OUTPUT:
+                y = result(shares[(i + 1) % 2], late_us, zs, skip_e, skip is not None, z is not None)
+                mask = ev_mask & late
+                emit(y, sums, out, out_at, late_rows, CHANNELS, mask)
+            step = activated(biased(ds, bias_e, bias is not None), seen, SOFTPLUS)
+            steps[(i + 1) % 2].store(step)
+            feds[(i + 1) % 2].store(step * next_us.to(gl.float32))
+            bs[(i + 1) % 2].store(b_rows.to(gl.float32))
+            if OUTPUT:
+                cs[(i + 1) % 2].store(c_rows.to(gl.float32))
+            else:
+                total = total + step
+            late_rows = rows
+            late_us = us
+            rows = next_rows
+            us = next_us
+            next_rows = after_rows
+            next_fetch_rows = after_fetch_rows
+
+    if OUTPUT:
+        late = (high * CHUNK - TRIP + token >= bottom) & (high * CHUNK - TRIP + token < stop)
+        zs = gate_rows(z, z_at, z_l, late_rows, ev_mask, lengths, limit)
+        sums = earlier(out, out_at, late_rows, CHANNELS, ev_mask & late & (k64 > 0), ACCUMULATE)
+        y = result(shares[1], late_us, zs, skip_e, skip is not None, z is not None)
+        emit(y, sums, out, out_at, late_rows, CHANNELS, ev_mask & late)
+        if last is not None:
+            at = last + (sk * CHANNELS + origin) * STATES + (et * STATES + nt)
+            gl.store(at, h, mask=own_mask & (segment == segments - 1))
+    if HANDED_ON:  # behind the first segment, whose state is the right one, ``decay`` is zero
+        slot = sk * segments + segment
+        gl.store(carry + slot * (STATES * CHANNELS) + origin + own, h, mask=own_mask)
+        total = gl.sum(gl.sum(total, 2), 0)[None, :, None]
+        gl.store(decay + slot * CHANNELS + origin + ev, total, mask=ev_mask)
+
+
+@gluon.jit
 def scan_segment(
     place,
     inputs,
@@ -140,28 +334,17 @@ def scan_segment(
     TRIP: gl.constexpr,
 ):
     """Scan one segment of one sequence for one block of channels; CARRIED: from the state that the chain left it."""
-    block, first_direction, segment, s = place
-    u, delta, a, b, c, skip, z, bias, orders, initial, lengths, first_steps, borders = inputs
-    out, partial, last, saved, carry, decay = results
-    u_b, u_k, u_l, u_e = u_strides
-    d_b, d_k, d_l, d_e = d_strides
-    z_b, z_k, z_l, z_e = z_strides
-    b_b, b_k, b_l, b_g, b_n = b_strides
-    c_b, c_k, c_l, c_g, c_n = c_strides
-    i_s, i_k, i_e, i_n = i_strides
-    a_k, skip_k, bias_k, out_b, out_k = k_strides
-    length, sequences, directions, direction_programs, segments, segment_chunks, chunks, zero = sizes
+    block, first_direction, direction_programs, segment, s = place
+    lengths, borders = inputs[10], inputs[12]
+    length, directions = sizes[0], sizes[2]
     BLOCK: gl.constexpr = 32  # channels, one to a lane
     NI: gl.constexpr = 16 // WARPS  # states of a lane
     RUN: gl.constexpr = min(4, TRIP // WARPS)
     RUNS: gl.constexpr = TRIP // RUN
-    TRIPS: gl.constexpr = CHUNK // TRIP
     PAIR: gl.constexpr = min(2, TRIP // (2 * WARPS))
     TILE: gl.constexpr = gl.BlockedLayout([1, NI, 1], [1, 1, 32], [WARPS, 1, 1], [2, 1, 0])
     TOKENS: gl.constexpr = gl.BlockedLayout([1, 1, RUN], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])
     ROWS: gl.constexpr = gl.BlockedLayout([1, PAIR], [2 * PAIR, 16 // PAIR], [WARPS, 1], [1, 0])
-    LANES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, TILE))
-    gl.static_assert(TRIPS % 2 == 0)
     GROUP_BLOCKS: gl.constexpr = (GROUP_CHANNELS + BLOCK - 1) // BLOCK
     group = block // GROUP_BLOCKS
     inside = (block % GROUP_BLOCKS) * BLOCK  # first channel of the block, inside its group
@@ -192,6 +375,8 @@ def scan_segment(
     steps = (shared([RUNS, BLOCK, RUN], [2, 1, 0]), shared([RUNS, BLOCK, RUN], [2, 1, 0]))
     feds = (shared([RUNS, BLOCK, RUN], [2, 1, 0]), shared([RUNS, BLOCK, RUN], [2, 1, 0]))
     bs = (shared([TRIP, 16], [1, 0]), shared([TRIP, 16], [1, 0]))
+    cs = ()
+    shares = ()
     if OUTPUT:
         cs = (shared([TRIP, 16], [1, 0]), shared([TRIP, 16], [1, 0]))
         shares = (shared([RUNS, WARPS, BLOCK, RUN], [3, 2, 1, 0]), shared([RUNS, WARPS, BLOCK, RUN], [3, 2, 1, 0]))
@@ -203,153 +388,17 @@ def scan_segment(
     if lengths is not None:
         limit = gl.load(lengths + s)
 
+    where = (group, segment, s, origin, row_batch, limit)
+    lanes = (token, fetched, ev, nv, et, nt, own)
     for k in range(first_direction, directions, direction_programs):
-        k64 = k.to(gl.int64)
-        sk = s * directions + k64
-        on = k < directions - 1  # another direction adds to the result
-        order = orders
-        if orders is not None:
-            order = orders + k64 * length
-        if borders is None:
-            first = zero * 0
-            end = length
-        else:
-            first = gl.load(first_steps + k64 * sequences + s)
-            end = first + gl.load(borders + s + 1) - gl.load(borders + s)
-        if CARRIED:
-            h = load_float(carry + (sk * segments + segment) * (STATES * CHANNELS) + origin + own, own_mask)
-        elif OUTPUT & (initial is not None):
-            h = load_float(initial + s * i_s + k64 * i_k + origin * i_e + (et * i_e + nt * i_n), own_mask)
-        else:
-            h = gl.full([WARPS, NI, BLOCK], 0.0, gl.float32, TILE)
-        a2 = load_float(a + k64 * a_k + origin + own, own_mask) * LOG2E
-        bias_e = 0.0
-        if bias is not None:
-            bias_e = load_float(bias + k64 * bias_k + origin + ev, ev_mask)
-        skip_e = 0.0
-        if OUTPUT & (skip is not None):
-            skip_e = load_float(skip + k64 * skip_k + origin + ev, ev_mask)
-
-        u_at = address(u + row_batch * u_b + k64 * u_k + origin * u_e + ev * u_e)
-        d_at = address(delta + row_batch * d_b + k64 * d_k + origin * d_e + ev * d_e)
-        b_at = address(b + row_batch * b_b + k64 * b_k + group * b_g + nv.to(gl.int64) * b_n)
-        c_at = address(c + row_batch * c_b + k64 * c_k + group * c_g + nv.to(gl.int64) * c_n)
-        out_at = address(out + row_batch * out_b + k64 * out_k + origin + ev)
-        sum_at = address(partial + row_batch * out_b + origin + ev)
-        z_at = 0
-        if z is not None:
-            z_at = address(z + row_batch * z_b + k64 * z_k + origin * z_e + ev * z_e)
-        kept = saved + (row_batch * directions + k64) * chunks * (STATES * CHANNELS) + origin
-        total = gl.full([RUNS, BLOCK, RUN], 0.0, gl.float32, TOKENS)
-
-        high = gl.cdiv(end, CHUNK) - (segments - segment - 1) * segment_chunks
-        low = gl.maximum(high - segment_chunks, first // CHUNK)  # the first segment may be shorter
-        bottom = gl.maximum(low * CHUNK, first)
-        stop = gl.minimum(high * CHUNK, end)
-        lowest = gl.minimum(bottom, length - 1)
-        highest = gl.maximum(stop - 1, lowest)
-
-        # The first trip, of whose steps those before ``first`` change nothing.
-        base = low * CHUNK
-        rows = visited(order, base + token, lowest, highest)
-        seen = (base + token >= bottom) & (base + token < stop)
-        fetch_rows = visited(order, base + fetched, lowest, highest)
-        e_mask = ev_mask
-        n_mask = nv_mask
-        if lengths is not None:  # padding may hold anything
-            seen = seen & (rows < limit)
-            e_mask = ev_mask & seen
-            n_mask = nv_mask & (fetch_rows < limit)
-        us = gl.load(in_row(u, u_at, rows, byte_count(u, u_l)), mask=e_mask, other=0.0)
-        ds = gl.load(in_row(delta, d_at, rows, byte_count(delta, d_l)), mask=e_mask, other=0.0)
-        step = activated(biased(ds, bias_e, bias is not None), seen, SOFTPLUS)
-        steps[0].store(step)
-        feds[0].store(step * us.to(gl.float32))
-        b_rows = gl.load(in_row(b, b_at, fetch_rows, byte_count(b, b_l)), mask=n_mask, other=0.0)
-        bs[0].store(b_rows.to(gl.float32))
-        if OUTPUT:
-            c_rows = gl.load(in_row(c, c_at, fetch_rows, byte_count(c, c_l)), mask=n_mask, other=0.0)
-            cs[0].store(c_rows.to(gl.float32))
-        else:
-            total = total + step
-        late_rows = rows
-        late_us = us
-        next_rows = visited(order, base + TRIP + token, lowest, highest)
-        next_fetch_rows = visited(order, base + TRIP + fetched, lowest, highest)
-        for chunk in range(low, high):
-            if OUTPUT:
-                gl.store(kept + chunk * (STATES * CHANNELS) + own, h, mask=own_mask & (chunk * CHUNK >= first))
-            for i in gl.static_range(TRIPS):
-                base = chunk * CHUNK + i * TRIP
-                # Loads: for the trip behind, and what only the end of the trip before needs.
-                seen = base + TRIP + token < stop
-                e_mask = ev_mask
-                n_mask = nv_mask
-                if lengths is not None:
-                    seen = seen & (next_rows < limit)
-                    e_mask = ev_mask & seen
-                    n_mask = nv_mask & (next_fetch_rows < limit)
-                next_us = gl.load(in_row(u, u_at, next_rows, byte_count(u, u_l)), mask=e_mask, other=0.0)
-                ds = gl.load(in_row(delta, d_at, next_rows, byte_count(delta, d_l)), mask=e_mask, other=0.0)
-                b_rows = gl.load(in_row(b, b_at, next_fetch_rows, byte_count(b, b_l)), mask=n_mask, other=0.0)
-                if OUTPUT:
-                    c_rows = gl.load(in_row(c, c_at, next_fetch_rows, byte_count(c, c_l)), mask=n_mask, other=0.0)
-                    late = (base - TRIP + token >= bottom) & (base - TRIP + token < stop)
-                    zs = gate_rows(z, z_at, z_l, late_rows, ev_mask, lengths, limit)
-                    sums = earlier(partial, sum_at, late_rows, CHANNELS, ev_mask & late & (k64 > 0), ACCUMULATE)
-                after_rows = visited(order, base + 2 * TRIP + token, lowest, highest)
-                after_fetch_rows = visited(order, base + 2 * TRIP + fetched, lowest, highest)
-
-                ys = ()
-                for run in gl.static_range(RUNS):
-                    step_run = columns(steps[i % 2].slice(run, 1), LANES, WARPS)
-                    fed_run = columns(feds[i % 2].slice(run, 1), LANES, WARPS)
-                    for j in gl.static_range(RUN):
-                        bt = state_column(bs[i % 2].slice(run * RUN + j, 1), TILE, WARPS)
-                        h = gl.exp2(step_run[j][None, None, :] * a2) * h + fed_run[j][None, None, :] * bt
-                        if OUTPUT:
-                            ct = state_column(cs[i % 2].slice(run * RUN + j, 1), TILE, WARPS)
-                            ys = ys + (gl.sum(h * ct, 1),)
-                if OUTPUT:
-                    store_shares(shares[i % 2], ys)
-                if OUTPUT:
-                    y = result(shares[(i + 1) % 2], late_us, zs, skip_e, skip is not None, z is not None)
-                    mask = ev_mask & late
-                    emit(y, sums, out, out_at, partial, sum_at, late_rows, CHANNELS, mask, on, ACCUMULATE)
-                step = activated(biased(ds, bias_e, bias is not None), seen, SOFTPLUS)
-                steps[(i + 1) % 2].store(step)
-                feds[(i + 1) % 2].store(step * next_us.to(gl.float32))
-                bs[(i + 1) % 2].store(b_rows.to(gl.float32))
-                if OUTPUT:
-                    cs[(i + 1) % 2].store(c_rows.to(gl.float32))
-                else:
-                    total = total + step
-                late_rows = rows
-                late_us = us
-                rows = next_rows
-                us = next_us
-                next_rows = after_rows
-                next_fetch_rows = after_fetch_rows
-
-        if OUTPUT:
-            late = (high * CHUNK - TRIP + token >= bottom) & (high * CHUNK - TRIP + token < stop)
-            zs = gate_rows(z, z_at, z_l, late_rows, ev_mask, lengths, limit)
-            sums = earlier(partial, sum_at, late_rows, CHANNELS, ev_mask & late & (k64 > 0), ACCUMULATE)
-            y = result(shares[1], late_us, zs, skip_e, skip is not None, z is not None)
-            emit(y, sums, out, out_at, partial, sum_at, late_rows, CHANNELS, ev_mask & late, on, ACCUMULATE)
-            gl.store(
-                last + (sk * CHANNELS + origin) * STATES + (et * STATES + nt),
-                h,
-                mask=own_mask & (segment == segments - 1),
-            )
-        if HANDED_ON:  # behind the first segment, whose state is the right one, ``decay`` is zero
-            slot = sk * segments + segment
-            gl.store(carry + slot * (STATES * CHANNELS) + origin + own, h, mask=own_mask)
-            total = gl.sum(gl.sum(total, 2), 0)[None, :, None]
-            gl.store(decay + slot * CHANNELS + origin + ev, total, mask=ev_mask)
+        scan_direction(
+            k, where, lanes, (ev_mask, nv_mask, own_mask), (steps, feds, bs, cs, shares), inputs, results, u_strides,
+            d_strides, z_strides, b_strides, c_strides, i_strides, k_strides, sizes, SOFTPLUS, OUTPUT, CARRIED,
+            HANDED_ON, ACCUMULATE, CHANNELS, STATES, CHUNK, WARPS, TRIP,
+        )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=_RUNTIME)
+@gluon.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=TABLES)
 def scan_forward_shared_kernel(
     u,
     delta,
@@ -365,7 +414,6 @@ def scan_forward_shared_kernel(
     first_steps,
     borders,
     out,
-    partial,
     last,
     saved,
     carry,
@@ -434,9 +482,9 @@ def scan_forward_shared_kernel(
     segment = work % segment_programs
     if OUTPUT & SEGMENTED:
         segment = segment + 1
-    place = (block, first_direction, segment, (work // segment_programs).to(gl.int64))
+    place = (block, first_direction, direction_programs, segment, (work // segment_programs).to(gl.int64))
     inputs = (u, delta, a, b, c, skip, z, bias, orders, initial, lengths, first_steps, borders)
-    results = (out, partial, last, saved, carry, decay)
+    results = (out, last, saved, carry, decay)
     us = (u_b, u_k, u_l, u_e)
     ds = (d_b, d_k, d_l, d_e)
     zs = (z_b, z_k, z_l, z_e)
@@ -444,7 +492,7 @@ def scan_forward_shared_kernel(
     cs = (c_b, c_k, c_l, c_g, c_n)
     hs = (i_s, i_k, i_e, i_n)
     ks = (a_k, skip_k, bias_k, out_b, out_k)
-    sizes = (length, sequences, directions, direction_programs, segments, segment_chunks, chunks, zero)
+    sizes = (length, sequences, directions, segments, segment_chunks, chunks, zero)
     # fmt: off
     if OUTPUT:
         scan_segment(

@@ -19,6 +19,7 @@ from genssm.kernels.arguments import empty_gradient
 from genssm.kernels.selective_scan.reference import directions_of
 from genssm.kernels.selective_scan.triton_backward import scan_adjoint_kernel, scan_backward_kernel
 from genssm.kernels.selective_scan.triton_forward import chain_kernel, scan_forward_kernel
+from genssm.kernels.selective_scan.triton_states import backward_in_parts
 from genssm.kernels.triton_launch import (
     compiled_for_nvidia,
     device_of,
@@ -34,6 +35,7 @@ from genssm.kernels.triton_launch import (
 )
 
 _NAME = "selective_scan"
+CHUNK = 32  # steps between two checkpoints
 _OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 _LANES = 32
 _WINDOW = 4  # steps that are prefetched at a time
@@ -43,6 +45,7 @@ _BACKWARD_RESIDENT = 12  # programs of the backward on a multiprocessor
 _BACKWARD_REGISTERS = 168  # twelve programs on a multiprocessor are worth some spilled registers
 _FORWARD_ENOUGH, _BACKWARD_ENOUGH = 4, 6  # programs per multiprocessor from which on time is not split
 _FORWARD_FULL = 8  # programs per multiprocessor from which on the forward needs no smaller ones
+_FORWARD_LONG = 256  # tokens of a sequence from which on the forward in shared memory is not slower than the plain one
 _SHARING_WARPS = 4  # of a program of the forward in shared memory: they share the states of its channels
 _SHARING_TRIP = 16  # tokens of its trips
 _SHARING_RESIDENT, _SHARING_ENOUGH = 4, 2  # as above, of its programs
@@ -75,17 +78,12 @@ class Tile:
         return -(-channels // self.channels)
 
 
-def chunk_steps(states: int) -> int:
-    """Steps between two checkpoints."""
-    return 32 if states <= 16 else 64 if states <= 64 else 128
-
-
 def saved_shape(
     batch: int, directions: int, length: int, channels: int, states: int, sequences: int
 ) -> tuple[int, int, int, int, int]:
-    """Shape of the checkpoints: the state before every `chunk_steps` steps of each order, (Bt, K, chunks, N, E)."""
-    chunk = chunk_steps(states)
-    return batch, directions, (length + chunk - 1) // chunk, states, channels
+    """Shape of the checkpoints: the state before every `CHUNK` steps of each order but the first, whose state is the
+    initial one, (Bt, K, chunks - 1, N, E)."""
+    return batch, directions, (length - 1) // CHUNK, states, channels
 
 
 def forward_tile(channels: int, states: int, block_e: int | None = None, state_lanes: int | None = None) -> Tile:
@@ -119,6 +117,7 @@ def scan_forward(
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
     reduce_sum: bool,
+    return_last_state: bool = True,
     *,
     block_e: int | None = None,
     state_lanes: int | None = None,
@@ -131,7 +130,8 @@ def scan_forward(
         block_e, state_lanes, unroll, segments: channels of a program, lanes that share the states of a channel,
             tokens per trip, and pieces that time is split into; None takes the built-in choice. For measurements.
     Returns:
-        The result, the last state and the checkpoints (`saved_shape`); see `genssm.kernels.selective_scan.op`.
+        The result, the last state (empty where not wanted) and the checkpoints (`saved_shape`); see
+        `genssm.kernels.selective_scan.op`.
     Raises:
         ValueError: float64 inputs.
     """
@@ -143,9 +143,11 @@ def scan_forward(
     summed = reduce_sum and directions > 1
     out = u.new_empty((batch, length, channels) if reduce_sum else (batch, directions, length, channels))
     works = sequences * groups
-    # Directions in turn, with their sums in memory, are faster in the plain kernel where its programs fill the device.
-    full = summed and works * channels // groups >= 2 * _LANES * _FORWARD_FULL * processors(u.device)
-    in_shared = block_e is state_lanes is unroll is None and not full and _forward_shares(u, delta, B, C, z, out)
+    # Where its programs fill the device the plain kernel is faster for directions in turn, with their sums in memory,
+    # and along few tokens: it walks no more than there are, and has less to prepare.
+    full = works * channels // groups >= 2 * _LANES * _FORWARD_FULL * processors(u.device)
+    plain = full and (summed or batch * length < _FORWARD_LONG * sequences)
+    in_shared = block_e is state_lanes is unroll is None and not plain and _forward_shares(u, delta, B, C, z, out)
     if block_e is None and state_lanes is None:
         block_e, state_lanes = _forward_sizes(works, channels // groups, states, directions, summed, u.device)
     tile = forward_tile(channels // groups, states, block_e, state_lanes)
@@ -153,14 +155,11 @@ def scan_forward(
     block = _LANES if in_shared else tile.channels
     group_blocks = -(-(channels // groups) // block)
     saved = u.new_empty(saved_shape(batch, directions, length, channels, states, sequences), dtype=torch.float32)
-    chunks = saved.shape[2]
-    last = u.new_empty(sequences, directions, channels, states, dtype=torch.float32)
+    chunks = saved.shape[2] + 1
+    last = u.new_empty((sequences, directions, channels, states) if return_last_state else 0, dtype=torch.float32)
     plan = _forward_split(works * group_blocks, in_shared, directions, summed, chunks, cu_seqlens, segments, u.device)
     in_turn = summed and plan.direction_programs == 1
-    target = out
-    if summed and (not in_turn or out.dtype != torch.float32):
-        shape = (batch, length, channels) if in_turn else (batch, directions, length, channels)
-        target = u.new_empty(shape, dtype=torch.float32)
+    target = u.new_empty(batch, directions, length, channels) if summed and not in_turn else out
     if not sequences:
         return out, last, saved
 
@@ -186,9 +185,8 @@ def scan_forward(
             "lengths": lengths,
             "first_steps": first_steps(orders, cu_seqlens, length, directions),
             "borders": cu_seqlens,
-            "out": out if in_turn else target,
-            "partial": target,
-            "last": last,
+            "out": target,
+            "last": last if return_last_state else None,
             "saved": saved,
             "carry": carry,
             "decay": decay,
@@ -210,7 +208,7 @@ def scan_forward(
             "segments": plan.segments,
             "segment_programs": plan.segments,
             "segment_chunks": plan.segment_chunks,
-            "chunks": chunks,
+            "chunks": saved.shape[2],
             "zero": 0,
             "SOFTPLUS": delta_softplus,
             "SEGMENTED": plan.segments > 1,
@@ -218,7 +216,7 @@ def scan_forward(
             "CHANNELS": channels,
             "GROUP_CHANNELS": channels // groups,
             "STATES": states,
-            "CHUNK": chunk_steps(states),
+            "CHUNK": CHUNK,
             **_OPTIONS,
         }
         if in_shared:
@@ -245,7 +243,7 @@ def scan_forward(
             _chain(carry, decay, a, None if in_shared else initial_state, reverse=False)
         launch(kernel, (programs * arguments["segment_programs"],), **arguments, OUTPUT=True)
         if target.ndim > out.ndim:
-            out = target.sum(1).to(out.dtype)
+            torch.sum(target, 1, out=out)
     return out, last, saved
 
 
@@ -277,7 +275,7 @@ def scan_backward(
     """Gradients of `scan_forward`.
 
     Args:
-        block_e, state_lanes, unroll, segments: as in `scan_forward`. ``unroll`` divides `chunk_steps`.
+        block_e, state_lanes, unroll, segments: as in `scan_forward`. ``unroll`` divides `CHUNK`.
         block_programs: programs that share the blocks of a group, and slots of partial dB and dC. For measurements,
             all of them; all but ``segments`` are about the kernel that does without shared memory, and choose it.
     Returns:
@@ -289,10 +287,13 @@ def scan_backward(
     refuse_double(_NAME, u, delta, B, C, z)
     batch, _, length, channels = u.shape
     states, groups = A.shape[-1], B.shape[3]
-    chunk = chunk_steps(states)
-    _, directions, chunks, _, _ = saved.shape
+    directions, chunks = saved.shape[1], saved.shape[2] + 1
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     in_shared = block_e is state_lanes is unroll is block_programs is None and _shared_fits(u, delta, B, C, z, grad_out)
+    if in_shared and states > 16:
+        given = (grad_out, grad_last_state, saved, u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders)
+        given = (*given, initial_state, lengths, cu_seqlens, reduce_sum)
+        return backward_in_parts(functools.partial(scan_backward, segments=segments), *given)
     tile = backward_tile(states, block_e, state_lanes)
     unroll = unroll or 2
     warps = _SHARED_WARPS if in_shared else 1
@@ -316,7 +317,8 @@ def scan_backward(
     per_token = [_Summed(x, directions, plan.direction_programs) for x in (u, delta, z)]
     new = functools.partial(u.new_empty, dtype=torch.float32)
     da = new(work_programs, directions, states, channels)
-    dbc = new(block_programs, batch, directions, length, groups, states, 2)
+    slots = new(block_programs, batch, plan.direction_programs, length, groups, states, 2)
+    dbc = new(batch, directions, length, groups, states, 2)
     dskip = None if D is None else new(work_programs, directions, channels)
     dbias = None if delta_bias is None else new(work_programs, directions, channels)
     dinitial = None if initial_state is None else new(sequences, directions, channels, states)
@@ -345,17 +347,16 @@ def scan_backward(
                 "directions": directions,
                 "segments": plan.segments,
                 "segment_chunks": plan.segment_chunks,
-                "chunks": chunks,
                 "zero": 0,
                 "SOFTPLUS": delta_softplus,
                 "CHANNELS": channels,
                 "GROUP_CHANNELS": channels // groups,
                 "STATES": states,
-                "CHUNK": chunk,
+                "CHUNK": CHUNK,
             }
             sizes = {
                 "ALIGNED": _aligned(b_strides, c_strides),
-                "WIDE": wide(u, delta, B, C, z, g, dbc),
+                "WIDE": wide(u, delta, B, C, z, g, slots),
                 "UNROLL": unroll,
                 **vars(tile),
                 **_OPTIONS,
@@ -382,11 +383,8 @@ def scan_backward(
                 "du": per_token[0].final,
                 "ddelta": per_token[1].final,
                 "dz": per_token[2].final,
-                "du_sum": per_token[0].partial,
-                "ddelta_sum": per_token[1].partial,
-                "dz_sum": per_token[2].partial,
                 "da": da,
-                "dbc": dbc,
+                "dbc": slots,
                 "dskip": dskip,
                 "dbias": dbias,
                 "dinitial": dinitial,
@@ -395,6 +393,7 @@ def scan_backward(
                 "skip_k": strides(skip, 2, directions=0)[0],
                 **named("i", "sken", strides(initial_state, 4)),
                 **named("gl", "sken", last_strides),
+                **named("kept", "bkc", strides(saved)[:3]),
                 **named("du", "bk", per_token[0].strides),
                 **named("dd", "bk", per_token[1].strides),
                 **named("dz", "bk", per_token[2].strides),
@@ -409,16 +408,19 @@ def scan_backward(
                 "ADD_Z": per_token[2].in_turn,
             }
             if in_shared:
+                kernel = _shared_kernel()
                 sizes = {**_OPTIONS, "num_warps": warps, "WARPS": warps, "UNROLL": _SHARED_TRIP}
-                launch(_shared_kernel(), (programs,), **arguments, **sizes)
             else:
-                arguments["scratch"] = new(programs, chunk // unroll, tile.channels * tile.NI * tile.NL)
+                kernel = scan_backward_kernel
+                arguments["scratch"] = new(programs, CHUNK // unroll, tile.channels * tile.NI * tile.NL)
                 arguments["block_programs"], arguments["AGAIN"] = block_programs, block_programs < group_blocks
                 arguments["PREFETCH"] = compiled_for_nvidia(u.device.type)
-                launch(scan_backward_kernel, (programs,), **arguments, **sizes)
+            # Directions that add up are launches one after the other, which take the same slots.
+            for first in range(0, directions, plan.direction_programs):
+                launch(kernel, (programs,), **arguments, first_direction=first, **sizes)
+                torch.sum(slots, 0, out=dbc.narrow(1, first, plan.direction_programs))
     du, ddelta, dz = (x.result() for x in per_token)
     dA = _sum(da, A.shape[0]).transpose(-1, -2).to(A.dtype).contiguous()
-    dbc = dbc[0] if block_programs == 1 else dbc.sum(0)
     sums = (_sum(part[None], x.shape[1], 1) for part, x in zip(dbc.unbind(-1), (B, C)))
     dB, dC = (empty_gradient(x).copy_(total) for total, x in zip(sums, (B, C)))
     dD = None if D is None else _sum(dskip, D.shape[0]).to(D.dtype)
@@ -430,11 +432,12 @@ def scan_backward(
 def _shared_fits(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None, grad_out: Tensor) -> bool:
     """Whether the backward runs in `triton_backward_shared`; elsewhere `triton_backward` computes the same, slower.
 
-    For 9 to 16 states, offsets of 32 bits, and NVIDIA's devices whose multiprocessors have the shared memory for as
-    many programs as their registers allow; in the versions of Triton that are known to compile it: Gluon is young.
+    For 9 to 16 states, or more in parts (`triton_states`), offsets of 32 bits, and NVIDIA's devices whose
+    multiprocessors have the shared memory for as many programs as their registers allow; in the versions of Triton that
+    are known to compile it: Gluon is young.
     """
     return (
-        8 < B.shape[-1] <= 16
+        B.shape[-1] > 8
         and compiled_for_nvidia(u.device.type)
         and _shared_memory(u.device.index or 0) >= _SHARED_BYTES
         and not wide(u, delta, B, C, z, grad_out)
@@ -461,25 +464,20 @@ class _Summed:
     """A gradient per token that directions may share: where the kernel writes it, and its sum over directions."""
 
     def __init__(self, x: Tensor | None, directions: int, direction_programs: int) -> None:
-        self.like, self.final, self.partial, self.in_turn, self.strides = x, None, None, False, (0, 0)
+        self.like, self.final, self.in_turn, self.strides = x, None, False, (0, 0)
         if x is None:
             return
         batch, own, length, channels = x.shape
         shared = own < directions
         self.in_turn = shared and direction_programs == 1
-        if shared and not self.in_turn:
-            self.final = x.new_empty((batch, directions, length, channels), dtype=torch.float32)
-        else:
-            self.final = empty_gradient(x)
-        self.partial = self.final
-        if self.in_turn and x.dtype != torch.float32:
-            self.partial = x.new_empty(x.shape, dtype=torch.float32)
+        apart = shared and not self.in_turn
+        self.final = x.new_empty(batch, directions, length, channels) if apart else empty_gradient(x)
         self.strides = (self.final.stride(0), 0 if self.final.shape[1] == 1 else self.final.stride(1))
 
     def result(self) -> Tensor | None:
         if self.like is None or self.final.shape == self.like.shape:
             return self.final
-        return self.final.sum(1, keepdim=True).to(self.like.dtype)
+        return self.final.sum(1, keepdim=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,11 +122,30 @@ def of_steps(rows, base, last, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def in_flight(x, like):
+    """An element of ``like`` in a register of its own: two in one would have to be there before the next trip."""
+    if like.dtype.element_ty.primitive_bitwidth == 16:
+        x = gl.inline_asm_elementwise(
+            "cvt.u32.u16 $0, $1;", "=r,h", [x.to(gl.int16, bitcast=True)], dtype=gl.int32, is_pure=True, pack=1
+        )
+    return x
+
+
+@gluon.jit
+def landed(x, like):
+    """The float32 that `in_flight` kept of an element of ``like``."""
+    if like.dtype.element_ty.primitive_bitwidth == 16:
+        x = x.to(gl.int16).to(like.dtype.element_ty, bitcast=True)
+    return x.to(gl.float32)
+
+
+@gluon.jit
 def load_steps(like, address, rows, row_bytes, mask, limit, LIMITED: gl.constexpr):
-    """From each of some rows, as `load_seen`."""
+    """From each of some rows, as `load_seen`, kept as `in_flight`."""
     found = ()
     for i in gl.static_range(len(rows)):
-        found = found + (load_seen(like, address, rows[i], row_bytes, mask, limit, LIMITED),)
+        x = load_seen(like, address, rows[i], row_bytes, mask, limit, LIMITED)
+        found = found + (in_flight(x, like),)
     return found
 
 
@@ -134,6 +153,19 @@ def load_steps(like, address, rows, row_bytes, mask, limit, LIMITED: gl.constexp
 def opaque(x):
     """``x``, of which the compiler knows nothing and keeps nothing that it computes from it."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def behind(x, y, zero):
+    """``x``, computed after ``y``."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 t; and.b32 t, $2, $3; add.s32 $0, $1, t; }",
+        "=r,r,f,r",
+        [x, y, zero],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit
@@ -181,23 +213,19 @@ def activated(raw, seen, SOFTPLUS: gl.constexpr):
 
 
 @gluon.jit
-def earlier(partial, partial_at, row, CHANNELS, mask, ACCUMULATE: gl.constexpr):
-    """What the directions before this one added to a row."""
+def earlier(final, final_at, row, CHANNELS, mask, ACCUMULATE: gl.constexpr):
+    """What the directions before this one left in a row."""
     found = 0.0
     if ACCUMULATE:
-        found = load_float(in_row(partial, partial_at, row, byte_count(partial, CHANNELS)), mask)
+        found = load_float(in_row(final, final_at, row, byte_count(final, CHANNELS)), mask)
     return found
 
 
 @gluon.jit
-def emit(value, earlier, final, final_at, partial, partial_at, row, CHANNELS, mask, on, ACCUMULATE: gl.constexpr):
-    """Store a per-token gradient; ACCUMULATE adds what ``earlier`` directions left, and leaves it where ``on``."""
-    final_at = in_row(final, final_at, row, byte_count(final, CHANNELS))
-    if ACCUMULATE:
-        value = value + earlier
-        gl.store(in_row(partial, partial_at, row, byte_count(partial, CHANNELS)), value, mask=mask & on)
-        mask = mask & (on == 0)
-    gl.store(final_at, value.to(final.dtype.element_ty), mask=mask)
+def emit(value, earlier, final, final_at, row, CHANNELS, mask):
+    """Store a value per token and channel, with what ``earlier`` directions left."""
+    value = (value + earlier).to(final.dtype.element_ty)
+    gl.store(in_row(final, final_at, row, byte_count(final, CHANNELS)), value, mask=mask)
 
 
 @gluon.jit

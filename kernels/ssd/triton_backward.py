@@ -21,6 +21,7 @@ from genssm.kernels.ssd.triton_chunks import (
     store_rows,
     visited,
 )
+from genssm.kernels.triton_launch import TABLES
 
 _RUNTIME = [
     "g_b",
@@ -77,7 +78,7 @@ def state_after(kept, grad_last, ends, n, p, full, WIDTH: tl.constexpr, STATES: 
     return dh
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=TABLES)
 def ssd_adjoint_kernel(
     grad,
     grad_last,
@@ -222,7 +223,7 @@ def ssd_adjoint_kernel(
         tl.store(initial_at, dh, mask=state_mask & (segment == 0))
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=TABLES)
 def ssd_tokens_kernel(
     grad,
     grad_last,
@@ -416,7 +417,7 @@ def ssd_tokens_kernel(
         tl.store(dskip + place, skipped)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=TABLES)
 def ssd_maps_kernel(
     grad,
     grad_last,

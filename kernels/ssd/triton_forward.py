@@ -23,6 +23,7 @@ from genssm.kernels.ssd.triton_chunks import (
     store_rows,
     visited,
 )
+from genssm.kernels.triton_launch import TABLES
 
 _RUNTIME = [
     "x_b",
@@ -49,7 +50,7 @@ _RUNTIME = [
 ]
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=TABLES)
 def ssd_forward_kernel(
     x,
     dt,
@@ -210,7 +211,7 @@ def ssd_forward_kernel(
         tl.store(last_at, h, mask=state_mask)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=TABLES)
 def ssd_local_kernel(
     x,
     dt,

@@ -357,13 +357,25 @@ def test_opcheck(backend: str, device: str, outermost: bool) -> None:
     ]
     tensors += [random(1, E), random(2, 1, L, E), random(1, E)]
     initial = random(2, K, E, N)
-    args = (*tensors, True, orders, initial, None, None, True, backend)
-    out, last, saved = torch.ops.genssm.selective_scan_fwd(*args)
+    args = (*tensors, True, orders, initial, None, None, True)
+    out, last, saved = torch.ops.genssm.selective_scan_fwd(*args, True, backend)
     torch.library.opcheck(
-        torch.ops.genssm.selective_scan_bwd.default, (random(*out.shape), random(*last.shape), saved, *args)
+        torch.ops.genssm.selective_scan_bwd.default, (random(*out.shape), random(*last.shape), saved, *args, backend)
     )
     args = tuple(x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
-    torch.library.opcheck(torch.ops.genssm.selective_scan_fwd.default, args)
+    for return_last_state in (True, False):
+        torch.library.opcheck(torch.ops.genssm.selective_scan_fwd.default, (*args, return_last_state, backend))
+
+
+@fast
+def test_without_the_last_state(backend: str, device: str) -> None:
+    problem = scan_problem(Case(length=5, states=16, order="random")).to(device, torch.float32)
+    problem.options["return_last_state"] = False
+    expected, found = (selective_scan(**problem.inputs, **problem.options, backend=b) for b in ("reference", backend))
+    inputs = list(problem.inputs.values())
+    gradients = (torch.autograd.grad(y.square().sum(), inputs) for y in (found, expected))
+    assert rms_error(found, expected) < 3e-6
+    assert all(rms_error(a, b) < 3e-6 for a, b in zip(*gradients))
 
 
 def test_compiles_with_inductor() -> None:

@@ -55,6 +55,21 @@ def test_blocks_in_turn() -> None:
     check_parity(selective_scan, scan_problem, Case(length=40, channels=256, states=64), "triton", "cuda")
 
 
+@pytest.mark.parametrize("states", [17, 48, 100])
+@pytest.mark.parametrize("own", ["", "D", "u delta A"])
+def test_many_states_in_parts(states: int, own: str) -> None:
+    case = Case(length=70, channels=101, states=states, directions=2, order="random", own=own, initial=True)
+    check_parity(selective_scan, scan_problem, case, "triton", "cuda")
+
+
+@pytest.mark.parametrize("length", [1, 4, 31, 33, 64, 100])
+def test_few_tokens_of_many_sequences(length: int) -> None:
+    """Enough sequences for the plain forward to fill the device."""
+    batch = -(-8 * processors(torch.device("cuda")) // (1536 // 64))
+    case = Case(batch=batch, length=length, channels=1536, states=16, order="random", initial=length % 2 == 0)
+    check_parity(selective_scan, scan_problem, case, "triton", "cuda", HALF)
+
+
 @pytest.mark.parametrize("segments", [2, 3, 7])
 @pytest.mark.parametrize("order", [None, "random"])
 def test_segments(segments: int, order: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
