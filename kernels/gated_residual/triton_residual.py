@@ -24,16 +24,16 @@ from genssm.kernels.triton_rows import (
 )
 
 _NAME = "gated_residual"
-_WANTED = 8  # programs of the backward per multiprocessor: each keeps sums over its tokens
+_WANTED = 4  # programs of the backward per multiprocessor: each keeps sums over its tokens
 # Nothing is compiled anew for another batch or length.
-_FORWARD = ["length", *(f"{name}_{dim}" for name in ("stream", "x", "gate", "skip", "factor") for dim in "bl")]
+_FORWARD = ["length", *(f"{name}_{dim}" for name in ("h", "x", "gate", "skip", "factor") for dim in "bl")]
 _BACKWARD = ["length", "chunks", *(f"{name}_{dim}" for name in ("grad", "x", "gate", "factor") for dim in "bl")]
 
 
 @triton.jit(do_not_specialize=_FORWARD)
 def residual_forward_kernel(
-    stream, x, gate, skip, factor, out,
-    stream_b, stream_l, x_b, x_l, gate_b, gate_l, skip_b, skip_l, factor_b, factor_l, length,
+    h, x, gate, skip, factor, out,
+    h_b, h_l, x_b, x_l, gate_b, gate_l, skip_b, skip_l, factor_b, factor_l, length,
     PRODUCT: tl.constexpr, SKIPPED: tl.constexpr, SCALED: tl.constexpr,
     D: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def residual_forward_kernel(
         u = rounded(load_row(skip, b, l, skip_b, skip_l, e, D, ALIGNED) + u, SKIPPED)
     if factor is not None:
         u = rounded(u * load_number(factor, b, l, factor_b, factor_l), SCALED)
-    u += load_row(stream, b, l, stream_b, stream_l, e, D, ALIGNED)
+    u += load_row(h, b, l, h_b, h_l, e, D, ALIGNED)
     tl.store(out + row.to(tl.int64) * D + e, u, mask=e < D)
 
 
@@ -92,7 +92,7 @@ def residual_forward(stream: Tensor, x: Tensor, gate: Tensor, skip: Tensor | Non
     refuse_double(_NAME, stream, x, gate, skip, factor)
     batch, length, channels = stream.shape
     product, skipped, scaled, dtype = result_dtypes(stream, x, gate, skip, factor)
-    rows = {"stream": stream, "x": x, "gate": gate, "skip": skip}
+    rows = {"h": stream, "x": x, "gate": gate, "skip": skip}
     common = row_arguments(_NAME, channels, rows, factor)
     out = stream.new_empty(stream.shape, dtype=dtype)
     if batch * length:

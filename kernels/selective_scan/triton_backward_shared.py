@@ -225,7 +225,7 @@ def scan_work(
                 bt = state_row(landed(bs[i], b), zeros)
                 decayed = times_tile(exp2_tile(times_tile(to_tile(step), a2)), h)
                 h = times_plus_tile(fed, (bt, bt, bt, bt), decayed)
-                if i == 1:
+                if i == 2:
                     # Behind arithmetic, else what that waits for would wait for these loads as well.
                     next_base = start + gl.minimum(trip + 1, trips - 1) * UNROLL
                     at_rows = of_steps(behind(rows, gl.sum(h[3], 1), zero), next_base, stop - 1, UNROLL)
@@ -244,7 +244,6 @@ def scan_work(
             token_row = gl.minimum(base + own_token, stop - 1)
             if orders is not None:
                 token_row = gl.load(order + token_row)
-            lates = (step_inputs(base + UNROLL - 1, stop, rows, limit, masks, late_from, late_at, LIMITED, ADDS),)
             steps = ()
             before = ()
             for i in gl.static_range(UNROLL):
@@ -253,6 +252,10 @@ def scan_work(
                     live = live & (of_step(rows, gl.minimum(base + i, stop - 1)) < limit)
                 step = activated(biased(landed(ds[i], delta), bias_e, bias is not None), live, SOFTPLUS)
                 steps = steps + (step,)
+                if i == 1:
+                    lates = (
+                        step_inputs(base + UNROLL - 1, stop, rows, limit, masks, late_from, late_at, LIMITED, ADDS),
+                    )
                 before = before + (h,)
                 if i < UNROLL - 1:
                     fed = to_tile(step * landed(us[i], u))
@@ -260,10 +263,11 @@ def scan_work(
                     decayed = times_tile(exp2_tile(times_tile(to_tile(step), a2)), h)
                     h = times_plus_tile(fed, (bt, bt, bt, bt), decayed)
             # What only the way back needs is loaded while the step behind it is computed.
+            late_rows = rows
             boths = ()
             for i in gl.static_range(UNROLL - 1, -1, -1):
                 if i > 0:
-                    late = step_inputs(base + i - 1, stop, rows, limit, masks, late_from, late_at, LIMITED, ADDS)
+                    late = step_inputs(base + i - 1, stop, late_rows, limit, masks, late_from, late_at, LIMITED, ADDS)
                     lates = lates + (late,)
                 row, g, ct, z_t, du_left, dd_left, dz_left = lates[UNROLL - 1 - i]  # the last step's came first
                 g = g.to(gl.float32)
@@ -290,6 +294,15 @@ def scan_work(
                 dc_t = sum_channels(g_tile, after)
                 both = gl.where(of_c, dc_t, db_t) + swapped(gl.where(of_c, db_t, dc_t), 4)
                 boths = (both,) + boths
+                if i == 2:
+                    # The inputs of the trip before, ahead of the first one those of the next chunk's. Here, because
+                    # registers are free again, and behind arithmetic, as in the first walk.
+                    ahead_rows = behind(gl.where(trip > 0, rows, next_rows), both, zero)
+                    ahead = gl.where(trip > 0, base - UNROLL, gl.maximum((chunk - 1) * CHUNK, bottom))
+                    at_rows = of_steps(ahead_rows, ahead, stop - 1, UNROLL)
+                    next_us = load_steps(u, u_at, at_rows, u_step, ev_mask, limit, LIMITED)
+                    next_ds = load_steps(delta, d_at, at_rows, d_step, ev_mask, limit, LIMITED)
+                    next_bs = load_steps(b, b_at, at_rows, b_step, state_mask, limit, LIMITED)
                 bt = state_row(landed(bs[i], b), zeros)
                 along_b = sum_states(adjoint, (bt, bt, bt, bt))
                 # `nothing` is zero, but unknown: a second exponential instead of a register
@@ -312,15 +325,8 @@ def scan_work(
                 bias_sum = bias_sum + dd_t
                 emit(du_t, du_left, du, du_at, row, CHANNELS, mask)
                 emit(dd_t, dd_left, ddelta, dd_at, row, CHANNELS, mask)
-                if i == 2:
-                    # The inputs of the trip before, ahead of the first one those of the next chunk's. Here, because
-                    # registers are free again, and behind arithmetic, as in the first walk.
-                    ahead_rows = behind(gl.where(trip > 0, rows, next_rows), dd_t, zero)
-                    ahead = gl.where(trip > 0, base - UNROLL, gl.maximum((chunk - 1) * CHUNK, bottom))
-                    at_rows = of_steps(ahead_rows, ahead, stop - 1, UNROLL)
-                    next_us = load_steps(u, u_at, at_rows, u_step, ev_mask, limit, LIMITED)
-                    next_ds = load_steps(delta, d_at, at_rows, d_step, ev_mask, limit, LIMITED)
-                    next_bs = load_steps(b, b_at, at_rows, b_step, state_mask, limit, LIMITED)
+                if i > 0:
+                    late_rows = behind(rows, dd_t, zero)
             us = next_us
             ds = next_ds
             bs = next_bs

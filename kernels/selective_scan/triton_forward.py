@@ -58,6 +58,7 @@ _RUNTIME = [
     "length",
     "sequences",
     "directions",
+    "first_direction",
     "direction_programs",
     "segments",
     "segment_programs",

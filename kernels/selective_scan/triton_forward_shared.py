@@ -334,9 +334,9 @@ def scan_segment(
     TRIP: gl.constexpr,
 ):
     """Scan one segment of one sequence for one block of channels; CARRIED: from the state that the chain left it."""
-    block, first_direction, direction_programs, segment, s = place
+    block, k, segment, s = place
     lengths, borders = inputs[10], inputs[12]
-    length, directions = sizes[0], sizes[2]
+    length = sizes[0]
     BLOCK: gl.constexpr = 32  # channels, one to a lane
     NI: gl.constexpr = 16 // WARPS  # states of a lane
     RUN: gl.constexpr = min(4, TRIP // WARPS)
@@ -390,12 +390,11 @@ def scan_segment(
 
     where = (group, segment, s, origin, row_batch, limit)
     lanes = (token, fetched, ev, nv, et, nt, own)
-    for k in range(first_direction, directions, direction_programs):
-        scan_direction(
-            k, where, lanes, (ev_mask, nv_mask, own_mask), (steps, feds, bs, cs, shares), inputs, results, u_strides,
-            d_strides, z_strides, b_strides, c_strides, i_strides, k_strides, sizes, SOFTPLUS, OUTPUT, CARRIED,
-            HANDED_ON, ACCUMULATE, CHANNELS, STATES, CHUNK, WARPS, TRIP,
-        )  # fmt: skip
+    scan_direction(
+        k, where, lanes, (ev_mask, nv_mask, own_mask), (steps, feds, bs, cs, shares), inputs, results, u_strides,
+        d_strides, z_strides, b_strides, c_strides, i_strides, k_strides, sizes, SOFTPLUS, OUTPUT, CARRIED,
+        HANDED_ON, ACCUMULATE, CHANNELS, STATES, CHUNK, WARPS, TRIP,
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=TABLES)
@@ -452,6 +451,7 @@ def scan_forward_shared_kernel(
     length,
     sequences,
     directions,
+    first_direction,
     direction_programs,
     segments,
     segment_programs,
@@ -477,12 +477,12 @@ def scan_forward_shared_kernel(
     BLOCKS: gl.constexpr = (GROUP_CHANNELS + 31) // 32 * (CHANNELS // GROUP_CHANNELS)
     block = gl.program_id(0) % BLOCKS
     work = gl.program_id(0) // BLOCKS
-    first_direction = work % direction_programs
+    k = first_direction + work % direction_programs
     work = work // direction_programs
     segment = work % segment_programs
     if OUTPUT & SEGMENTED:
         segment = segment + 1
-    place = (block, first_direction, direction_programs, segment, (work // segment_programs).to(gl.int64))
+    place = (block, k, segment, (work // segment_programs).to(gl.int64))
     inputs = (u, delta, a, b, c, skip, z, bias, orders, initial, lengths, first_steps, borders)
     results = (out, last, saved, carry, decay)
     us = (u_b, u_k, u_l, u_e)

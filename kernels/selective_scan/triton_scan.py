@@ -156,12 +156,15 @@ def scan_forward(
     group_blocks = -(-(channels // groups) // block)
     saved = u.new_empty(saved_shape(batch, directions, length, channels, states, sequences), dtype=torch.float32)
     chunks = saved.shape[2] + 1
-    last = u.new_empty((sequences, directions, channels, states) if return_last_state else 0, dtype=torch.float32)
+    # The kernel in shared memory is as fast with it, even faster along orders: the compiler's luck.
+    wanted = (sequences, directions, channels, states) if return_last_state or in_shared else 0
+    last = u.new_empty(wanted, dtype=torch.float32)
     plan = _forward_split(works * group_blocks, in_shared, directions, summed, chunks, cu_seqlens, segments, u.device)
     in_turn = summed and plan.direction_programs == 1
     target = u.new_empty(batch, directions, length, channels) if summed and not in_turn else out
+    asked = last if return_last_state else last.new_empty(0)
     if not sequences:
-        return out, last, saved
+        return out, asked, saved
 
     with device_of(u):
         a = A.float().transpose(-1, -2).contiguous()  # (K, N, E)
@@ -186,7 +189,7 @@ def scan_forward(
             "first_steps": first_steps(orders, cu_seqlens, length, directions),
             "borders": cu_seqlens,
             "out": target,
-            "last": last if return_last_state else None,
+            "last": last if last.numel() else None,
             "saved": saved,
             "carry": carry,
             "decay": decay,
@@ -221,7 +224,8 @@ def scan_forward(
         }
         if in_shared:
             kernel = _forward_kernel()
-            arguments |= {"WARPS": _SHARING_WARPS, "TRIP": _SHARING_TRIP, "num_warps": _SHARING_WARPS}
+            arguments |= {"first_direction": 0, "WARPS": _SHARING_WARPS, "TRIP": _SHARING_TRIP}
+            arguments |= {"num_warps": _SHARING_WARPS}
             arguments |= register_limit(u.device, _SHARING_REGISTERS)
         else:
             kernel = scan_forward_kernel
@@ -242,9 +246,12 @@ def scan_forward(
                 arguments["segment_programs"] = plan.segments - 1
             _chain(carry, decay, a, None if in_shared else initial_state, reverse=False)
         launch(kernel, (programs * arguments["segment_programs"],), **arguments, OUTPUT=True)
+        if in_shared and in_turn:  # launches one after the other; a program of the plain kernel has taken all in turn
+            for k in range(1, directions):
+                launch(kernel, (programs,), **{**arguments, "first_direction": k}, OUTPUT=True)
         if target.ndim > out.ndim:
             torch.sum(target, 1, out=out)
-    return out, last, saved
+    return out, asked, saved
 
 
 def scan_backward(

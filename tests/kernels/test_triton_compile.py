@@ -321,7 +321,8 @@ def test_forward_in_shared_memory(options: dict, arch: int, monkeypatch: pytest.
     caught = Caught().of(monkeypatch, triton_scan._forward_kernel())
     others = scan_launches(**options)
     assert "scan_forward_kernel" not in {kernel.__name__ for kernel, _ in others}
-    assert [arguments["OUTPUT"] for _, arguments in caught] == [False] * (options.get("segments") == 2) + [True]
+    local, in_turn = options.get("segments") == 2, options.get("directions", 1)  # each direction a launch
+    assert [arguments["OUTPUT"] for _, arguments in caught] == [False] * local + [True] * in_turn
     for kernel, arguments in caught:
         compiled = compile_for(kernel, arguments, ("cuda", arch, 32))
         assert 4 * (compiled.metadata.shared + 1024) <= triton_scan._FORWARD_SHARED_BYTES

@@ -1,14 +1,17 @@
 """Repeated launches go straight to the binary that Triton chose, wherever Triton would choose it again."""
 
+import ast
 import importlib.util
 import inspect
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+import genssm
 from genssm.kernels import triton_launch
 from genssm.kernels.triton_launch import launch
 from tests.kernels.test_triton_compile import compile_for
@@ -183,3 +186,15 @@ def test_triton_has_what_a_repeated_launch_takes() -> None:
     assert parameters[1:6] == ["gridX", "gridY", "gridZ", "stream", "function"]
     assert not any(triton_launch._hooks(SimpleNamespace(knobs=knobs)))
     assert isinstance(knobs.runtime.debug, bool) and isinstance(knobs.compilation.instrumentation_mode, str)
+
+
+def test_no_argument_is_an_option_of_a_launch() -> None:
+    """Triton 3.6 refuses a kernel whose argument is called like one of its own."""
+    taken = {"stream", "grid", "warmup", "device", "num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion"}
+    kernels = 0
+    for path in sorted((Path(genssm.__file__).parent.parent / "kernels").glob("*/triton_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                kernels += 1
+                assert not taken & {argument.arg for argument in node.args.args}, (path.name, node.name)
+    assert kernels > 20
