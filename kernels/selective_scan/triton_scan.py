@@ -325,7 +325,8 @@ def scan_backward(
     new = functools.partial(u.new_empty, dtype=torch.float32)
     da = new(work_programs, directions, states, channels)
     slots = new(block_programs, batch, plan.direction_programs, length, groups, states, 2)
-    dbc = new(batch, directions, length, groups, states, 2)
+    turns = directions // plan.direction_programs
+    maps = new(turns, *slots.shape[1:])  # dB and dC
     dskip = None if D is None else new(work_programs, directions, channels)
     dbias = None if delta_bias is None else new(work_programs, directions, channels)
     dinitial = None if initial_state is None else new(sequences, directions, channels, states)
@@ -423,12 +424,13 @@ def scan_backward(
                 arguments["block_programs"], arguments["AGAIN"] = block_programs, block_programs < group_blocks
                 arguments["PREFETCH"] = compiled_for_nvidia(u.device.type)
             # Directions that add up are launches one after the other, which take the same slots.
-            for first in range(0, directions, plan.direction_programs):
-                launch(kernel, (programs,), **arguments, first_direction=first, **sizes)
-                torch.sum(slots, 0, out=dbc.narrow(1, first, plan.direction_programs))
+            for turn in range(turns):
+                launch(kernel, (programs,), **arguments, first_direction=turn * plan.direction_programs, **sizes)
+                torch.sum(slots, 0, out=maps[turn])
     du, ddelta, dz = (x.result() for x in per_token)
     dA = _sum(da, A.shape[0]).transpose(-1, -2).to(A.dtype).contiguous()
-    sums = (_sum(part[None], x.shape[1], 1) for part, x in zip(dbc.unbind(-1), (B, C)))
+    maps = maps[0] if turns == 1 else maps[:, :, 0].transpose(0, 1)  # (Bt, K, L, G, N, 2)
+    sums = (_sum(part[None], x.shape[1], 1) for part, x in zip(maps.unbind(-1), (B, C)))
     dB, dC = (empty_gradient(x).copy_(total) for total, x in zip(sums, (B, C)))
     dD = None if D is None else _sum(dskip, D.shape[0]).to(D.dtype)
     ddelta_bias = None if delta_bias is None else _sum(dbias, delta_bias.shape[0]).to(delta_bias.dtype)
