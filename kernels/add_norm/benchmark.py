@@ -62,7 +62,7 @@ def check_backends(backends: list[str], device: torch.device, dtype: torch.dtype
 def composed(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The reference on canonical arguments, for `torch.compile`."""
     h, x, gate, weight, shift, scale = inputs.values()
-    return add_norm_reference(h, x, gate, weight, None, shift, scale, False, 1e-5, None)[:2]
+    return add_norm_reference(h, x, gate, weight, None, shift, scale, None, False, False, 1e-5, None)[:2]
 
 
 def measure(

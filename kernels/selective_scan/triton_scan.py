@@ -327,10 +327,8 @@ def scan_backward(
     slots = new(block_programs, batch, plan.direction_programs, length, groups, states, 2)
     turns = directions // plan.direction_programs
     maps = new(turns, *slots.shape[1:])  # dB and dC
-    given = [x is not None for x in (D, delta_bias)]
-    per_channel = new(sum(given), work_programs, directions, channels)
-    rows = iter(per_channel)
-    dskip, dbias = (next(rows) if x else None for x in given)
+    dskip = None if D is None else new(work_programs, directions, channels)
+    dbias = None if delta_bias is None else new(work_programs, directions, channels)
     dinitial = None if initial_state is None else new(sequences, directions, channels, states)
     if programs:
         with device_of(u):
@@ -434,9 +432,8 @@ def scan_backward(
     maps = maps[0] if turns == 1 else maps[:, :, 0].transpose(0, 1)  # (Bt, K, L, G, N, 2)
     sums = (_sum(part[None], x.shape[1], 1) for part, x in zip(maps.unbind(-1), (B, C)))
     dB, dC = (empty_gradient(x).copy_(total) for total, x in zip(sums, (B, C)))
-    rows = iter(per_channel.sum(1, keepdim=True))
-    dD = None if D is None else _sum(next(rows), D.shape[0]).to(D.dtype)
-    ddelta_bias = None if delta_bias is None else _sum(next(rows), delta_bias.shape[0]).to(delta_bias.dtype)
+    dD = None if D is None else _sum(dskip, D.shape[0]).to(D.dtype)
+    ddelta_bias = None if delta_bias is None else _sum(dbias, delta_bias.shape[0]).to(delta_bias.dtype)
     dinitial = None if dinitial is None else dinitial.to(initial_state.dtype)
     return du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial
 
