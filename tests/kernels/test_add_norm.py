@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from genssm.kernels.add_norm import add_norm
-from genssm.kernels.add_norm.benchmark import arguments, check_backends, composed
+from genssm.kernels.add_norm import add_norm, benchmark
+from genssm.kernels.add_norm.benchmark import check_backends
 from tests.kernels.problems import TOLERANCE, Problem, poisoned, rms_error
 from tests.kernels.test_triton_compile import TARGETS, Caught, compile_for, resources
 from tests.kernels.test_triton_interpreter import cannot_interpret
@@ -415,5 +415,5 @@ if __name__ == "__main__":
 
 
 def test_the_benchmark_compiles_the_same_operation() -> None:
-    inputs = arguments((2, 5, 16), torch.device("cpu"), torch.float32)
-    torch.testing.assert_close(composed(inputs), add_norm(**inputs))
+    inputs = benchmark.arguments((2, 5, 16), torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(benchmark.composed(inputs), add_norm(**inputs))
