@@ -20,6 +20,7 @@ from genssm.kernels.selective_scan.reference import directions_of
 from genssm.kernels.selective_scan.triton_backward import scan_adjoint_kernel, scan_backward_kernel
 from genssm.kernels.selective_scan.triton_forward import chain_kernel, scan_forward_kernel
 from genssm.kernels.selective_scan.triton_states import backward_in_parts
+from genssm.kernels.selective_scan.triton_tiles import LANES, backward_tile, forward_tile
 from genssm.kernels.triton_launch import (
     compiled_for_nvidia,
     device_of,
@@ -37,7 +38,6 @@ from genssm.kernels.triton_launch import (
 _NAME = "selective_scan"
 CHUNK = 32  # steps between two checkpoints
 _OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
-_LANES = 32
 _WINDOW = 4  # steps that are prefetched at a time
 _FORWARD_RESIDENT = 12  # programs of the forward on a multiprocessor
 _FORWARD_REGISTERS = 160  # of a lane; without a limit the compiler stops at 128 and waits more
@@ -61,45 +61,12 @@ _SHARED_BYTES = 6 * (33 + 1) * 1024  # that six of its programs take, with what 
 _PARTIAL_BYTES = 4  # bytes of partial dB and dC per token and channel to stay under where the device stays full
 
 
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """How a warp holds channels and states; see ``triton_tiles``."""
-
-    EC: int
-    NI: int
-    NL: int
-    EL: int
-
-    @property
-    def channels(self) -> int:
-        return self.EC * self.EL
-
-    def blocks(self, channels: int) -> int:
-        return -(-channels // self.channels)
-
-
 def saved_shape(
     batch: int, directions: int, length: int, channels: int, states: int, sequences: int
 ) -> tuple[int, int, int, int, int]:
     """Shape of the checkpoints: the state before every `CHUNK` steps of each order but the first, whose state is the
     initial one, (Bt, K, chunks - 1, N, E)."""
     return batch, directions, (length - 1) // CHUNK, states, channels
-
-
-def forward_tile(channels: int, states: int, block_e: int | None = None, state_lanes: int | None = None) -> Tile:
-    """Up to 32 states in a lane, so that most sums over states need no shuffle; two channels where that wastes none."""
-    padded = _power_of_two(states)
-    if block_e is None and padded <= 16 and channels % (2 * _LANES) == 0:
-        block_e = 2 * _LANES
-    return _tile(padded, state_lanes or max(1, padded // 32), block_e)
-
-
-def backward_tile(states: int, block_e: int | None = None, state_lanes: int | None = None) -> Tile:
-    """About 16 elements in a lane, split so that the sums over states and over channels share the shuffles."""
-    padded = _power_of_two(states)
-    lanes = state_lanes or min(padded, 4 if padded <= 32 else 8 if padded <= 64 else 16)
-    channels_per_lane = 1 if padded == 1 else min(4, max(1, 16 * lanes // padded))
-    return _tile(padded, lanes, block_e or channels_per_lane * (_LANES // lanes))
 
 
 def scan_forward(
@@ -145,14 +112,14 @@ def scan_forward(
     works = sequences * groups
     # Where its programs fill the device the plain kernel is faster for directions in turn, with their sums in memory,
     # and along few tokens: it walks no more than there are, and has less to prepare.
-    full = works * channels // groups >= 2 * _LANES * _FORWARD_FULL * processors(u.device)
+    full = works * channels // groups >= 2 * LANES * _FORWARD_FULL * processors(u.device)
     plain = full and (summed or batch * length < _FORWARD_LONG * sequences)
     in_shared = block_e is state_lanes is unroll is None and not plain and _forward_shares(u, delta, B, C, z, out)
     if block_e is None and state_lanes is None:
         block_e, state_lanes = _forward_sizes(works, channels // groups, states, directions, summed, u.device)
     tile = forward_tile(channels // groups, states, block_e, state_lanes)
     unroll = unroll or 4
-    block = _LANES if in_shared else tile.channels
+    block = LANES if in_shared else tile.channels
     group_blocks = -(-(channels // groups) // block)
     saved = u.new_empty(saved_shape(batch, directions, length, channels, states, sequences), dtype=torch.float32)
     chunks = saved.shape[2] + 1
@@ -304,7 +271,7 @@ def scan_backward(
     tile = backward_tile(states, block_e, state_lanes)
     unroll = unroll or 2
     warps = _SHARED_WARPS if in_shared else 1
-    group_blocks = -(-(channels // groups) // (_LANES * warps)) if in_shared else tile.blocks(channels // groups)
+    group_blocks = -(-(channels // groups) // (LANES * warps)) if in_shared else tile.blocks(channels // groups)
     if in_shared:
         block_programs = group_blocks
     elif block_programs is None:
@@ -529,13 +496,13 @@ def _forward_sizes(
     Half the channels with their states over two lanes make twice as many programs, each with more instructions: worth
     it where there are few, and where twice as many are enough not to split time.
     """
-    if not 8 < states <= 16 or channels % (2 * _LANES):
+    if not 8 < states <= 16 or channels % (2 * LANES):
         return None, None
     enough, full = _FORWARD_ENOUGH * processors(device), _FORWARD_FULL * processors(device)
-    programs = works * channels // _LANES  # of half the channels
+    programs = works * channels // LANES  # of half the channels
     if not summed or programs < enough:
         programs *= directions
-    return (_LANES, 2) if enough <= programs < 2 * full else (None, None)
+    return (LANES, 2) if enough <= programs < 2 * full else (None, None)
 
 
 def _forward_shares(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None, out: Tensor) -> bool:
@@ -635,14 +602,3 @@ def _rows(x: Tensor | None) -> Tensor | None:
 def _aligned(*strides: tuple[int, ...]) -> bool:
     """Whether every row of B and C can start a 16-byte load, as far as batch, direction and group decide it."""
     return all(stride % 8 == 0 for b, k, _, g, _ in strides for stride in (b, k, g))
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _tile(padded_states: int, state_lanes: int, block_e: int | None) -> Tile:
-    channel_lanes = _LANES // state_lanes
-    return Tile(
-        max(1, (block_e or channel_lanes) // channel_lanes), padded_states // state_lanes, state_lanes, channel_lanes
-    )

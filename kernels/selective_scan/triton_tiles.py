@@ -1,4 +1,4 @@
-"""What the scan's Triton kernels share: where the elements of a state tile live, and the scalar functions.
+"""What the scan's Triton kernels share: where the elements of a state tile live, how large tiles are, scalar functions.
 
 A program is one warp. Its tile of states has EC x EL channels and NL x NI states; a lane holds EC x NI of them, the
 channels ``ec * EL + el`` and the states ``nl * NI + ni``, and the NL * EL lanes of the warp hold the rest:
@@ -14,11 +14,58 @@ The numbers of channels and states are constants of a compiled kernel; lengths a
 
 # ruff: noqa: RUF005 - Triton's compiler knows no starred tuples
 
+import dataclasses
+
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LANES = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How a warp holds channels and states."""
+
+    EC: int
+    NI: int
+    NL: int
+    EL: int
+
+    @property
+    def channels(self) -> int:
+        return self.EC * self.EL
+
+    def blocks(self, channels: int) -> int:
+        return -(-channels // self.channels)
+
+
+def forward_tile(channels: int, states: int, block_e: int | None = None, state_lanes: int | None = None) -> Tile:
+    """Up to 32 states in a lane, so that most sums over states need no shuffle; two channels where that wastes none."""
+    padded = _power_of_two(states)
+    if block_e is None and padded <= 16 and channels % (2 * LANES) == 0:
+        block_e = 2 * LANES
+    return _tile(padded, state_lanes or max(1, padded // 32), block_e)
+
+
+def backward_tile(states: int, block_e: int | None = None, state_lanes: int | None = None) -> Tile:
+    """About 16 elements in a lane, split so that the sums over states and over channels share the shuffles."""
+    padded = _power_of_two(states)
+    lanes = state_lanes or min(padded, 4 if padded <= 32 else 8 if padded <= 64 else 16)
+    channels_per_lane = 1 if padded == 1 else min(4, max(1, 16 * lanes // padded))
+    return _tile(padded, lanes, block_e or channels_per_lane * (LANES // lanes))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _tile(padded_states: int, state_lanes: int, block_e: int | None) -> Tile:
+    channel_lanes = LANES // state_lanes
+    return Tile(
+        max(1, (block_e or channel_lanes) // channel_lanes), padded_states // state_lanes, state_lanes, channel_lanes
+    )
 
 
 @triton.jit
