@@ -3,9 +3,10 @@
 ``triton_backward_shared``; the arguments are the canonical ones of `genssm.kernels.selective_scan.op`.
 
 Sizes depend on E, G, N and the device; the plain forward has two, by the number of programs. Where batch x channels (x
-directions) cannot fill the device, time is split into segments; where they can and directions share a result, one
-program takes the directions in turn and adds them without a buffer per direction. Nothing is added atomically, so two
-runs give the same bits; a batch row alone may differ in the last bits from the same row in a batch.
+directions) cannot fill the device, time is split into segments; where they can and directions share a result, they come
+in turn, each adding to what is there, without a buffer per direction: inside a program of the plain forward, else in a
+launch for each. Nothing is added atomically, so two runs give the same bits; a batch row alone may differ in the last
+bits from the same row in a batch.
 """
 
 import dataclasses
