@@ -21,6 +21,7 @@ from genssm.kernels.selective_scan.reference import directions_of
 from genssm.kernels.selective_scan.triton_backward import scan_adjoint_kernel, scan_backward_kernel
 from genssm.kernels.selective_scan.triton_forward import chain_kernel, scan_forward_kernel
 from genssm.kernels.selective_scan.triton_states import backward_in_parts
+from genssm.kernels.selective_scan.triton_sums import map_gradient, sum_maps, sum_parameters
 from genssm.kernels.selective_scan.triton_tiles import LANES, backward_tile, forward_tile
 from genssm.kernels.triton_launch import (
     compiled_for_nvidia,
@@ -291,10 +292,15 @@ def scan_backward(
 
     per_token = [_Summed(x, directions, plan.direction_programs) for x in (u, delta, z)]
     new = functools.partial(u.new_empty, dtype=torch.float32)
-    da = new(work_programs, directions, states, channels)
+    carry = None
+    if plan.segments > 1:
+        carry = new(sequences, directions, plan.segments, states, channels)
+    if plan.segments > 1 and directions == 1:
+        da = carry.view(work_programs, directions, states, channels)  # read before the same program writes
+    else:
+        da = new(work_programs, directions, states, channels)
     slots = new(block_programs, batch, plan.direction_programs, length, groups, states, 2)
-    turns = directions // plan.direction_programs
-    maps = new(turns, *slots.shape[1:])  # dB and dC
+    dB, dC = (map_gradient(x, directions) for x in (B, C))
     dskip = None if D is None else new(work_programs, directions, channels)
     dbias = None if delta_bias is None else new(work_programs, directions, channels)
     dinitial = None if initial_state is None else new(sequences, directions, channels, states)
@@ -337,9 +343,7 @@ def scan_backward(
                 **vars(tile),
                 **_OPTIONS,
             }
-            carry = None
             if plan.segments > 1:
-                carry = new(sequences, directions, plan.segments, states, channels)
                 decay = new(sequences, directions, plan.segments, channels)
                 grid = (groups * tile.blocks(channels // groups) * plan.segments * sequences * directions,)
                 launch(scan_adjoint_kernel, grid, carry=carry, decay=decay, **inputs, **sizes)
@@ -392,16 +396,13 @@ def scan_backward(
                 arguments["block_programs"], arguments["AGAIN"] = block_programs, block_programs < group_blocks
                 arguments["PREFETCH"] = compiled_for_nvidia(u.device.type)
             # Directions that add up are launches one after the other, which take the same slots.
-            for turn in range(turns):
-                launch(kernel, (programs,), **arguments, first_direction=turn * plan.direction_programs, **sizes)
-                torch.sum(slots, 0, out=maps[turn])
+            for first in range(0, directions, plan.direction_programs):
+                launch(kernel, (programs,), **arguments, first_direction=first, **sizes)
+                sum_maps(slots, first, dB, dC)
+    with device_of(u):
+        dA, dD, ddelta_bias = sum_parameters(da, dskip, dbias, A, D, delta_bias)
     du, ddelta, dz = (x.result() for x in per_token)
-    dA = _sum(da, A.shape[0]).transpose(-1, -2).to(A.dtype).contiguous()
-    maps = maps[0] if turns == 1 else maps[:, :, 0].transpose(0, 1)  # (Bt, K, L, G, N, 2)
-    sums = (_sum(part[None], x.shape[1], 1) for part, x in zip(maps.unbind(-1), (B, C)))
-    dB, dC = (empty_gradient(x).copy_(total) for total, x in zip(sums, (B, C)))
-    dD = None if D is None else _sum(dskip, D.shape[0]).to(D.dtype)
-    ddelta_bias = None if delta_bias is None else _sum(dbias, delta_bias.shape[0]).to(delta_bias.dtype)
+    dB, dC = (g if g.shape == x.shape else g.sum(1, keepdim=True).to(x.dtype) for g, x in zip((dB, dC), (B, C)))
     dinitial = None if dinitial is None else dinitial.to(initial_state.dtype)
     return du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial
 
@@ -588,12 +589,6 @@ def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, reverse
         BLOCK=_CHAIN_BLOCK,
         **_OPTIONS,
     )
-
-
-def _sum(parts: Tensor, own: int, dim: int = 0) -> Tensor:
-    """Sum the slots (dimension 0), then the directions (``dim`` of the rest) where they are shared."""
-    total = parts[0] if parts.shape[0] == 1 else parts.sum(0)
-    return total.sum(dim, keepdim=True) if own < total.shape[dim] else total
 
 
 def _rows(x: Tensor | None) -> Tensor | None:

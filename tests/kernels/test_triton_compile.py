@@ -102,7 +102,7 @@ def scan_launches(
     **choices: int | None,
 ) -> Caught:
     """Launches of a forward and a backward pass."""
-    from genssm.kernels.selective_scan import triton_backward, triton_forward, triton_scan
+    from genssm.kernels.selective_scan import triton_backward, triton_forward, triton_scan, triton_sums
 
     batch = 1 if packed else 2
     u, delta, z = (torch.zeros(batch, 1, length, channels, dtype=dtype) for _ in range(3))
@@ -119,6 +119,7 @@ def scan_launches(
     with pytest.MonkeyPatch.context() as patch:
         caught = Caught().of(patch, triton_forward.scan_forward_kernel, triton_forward.chain_kernel)
         caught.of(patch, triton_backward.scan_adjoint_kernel, triton_backward.scan_backward_kernel)
+        caught.of(patch, triton_sums.sum_maps_kernel, triton_sums.sum_parameters_kernel)
         out, last, saved = triton_scan.scan_forward(*given, **choices)
         found = triton_scan.scan_backward(out, last if initial else None, saved, *given, **choices)
     storages = [x.untyped_storage().data_ptr() for x in found if x is not None]

@@ -46,6 +46,7 @@ CASES: dict[str, dict[str, Case]] = {
             batch=1, length=38, cu_seqlens=(0, 2, 2, 34, 38), directions=2, order="both", initial=True, own="A"
         ),
         "segments": Case(batch=1, length=70, channels=4, states=3, directions=2, order="random", initial=True),
+        "segments of one direction": Case(length=70, channels=4, states=3, order="random"),
         "in turn": Case(batch=1, length=6, directions=3, order="random", initial=True),
         "wide tile": Case(batch=1, length=5, channels=64, states=16, initial=True),
         "narrow tile": Case(length=5, channels=64, states=16, directions=2, order="random", initial=True),
@@ -75,6 +76,7 @@ CASES: dict[str, dict[str, Case]] = {
             own="A",
         ),
         "segments": Case(batch=1, length=134, channels=8, states=16, directions=2, order="random", initial=True),
+        "segments of one direction": Case(length=70, channels=8, states=16, order="random"),
         "in turn": Case(batch=1, length=6, channels=8, states=16, directions=3, order="random", initial=True),
         "blocks": Case(batch=1, length=3, channels=140, states=16),
         "17 states": Case(length=70, channels=5, states=17, order="random", initial=True),
@@ -184,10 +186,10 @@ def test_parity_in_the_interpreter(group: str) -> None:
 
 def _force(name: str, patch: pytest.MonkeyPatch) -> None:
     """Take the path that a case is about, whatever its size."""
-    from genssm.kernels.selective_scan import triton_scan
+    from genssm.kernels.selective_scan import triton_scan, triton_sums
     from genssm.kernels.ssd import triton_ssd
 
-    if name == "segments":
+    if name.startswith("segments"):
         patch.setattr(triton_scan, "_FORWARD_ENOUGH", 10**6)
         patch.setattr(triton_scan, "_FORWARD_RESIDENT", 10**6)
         patch.setattr(triton_scan, "_SHARING_ENOUGH", 10**6)
@@ -206,6 +208,7 @@ def _force(name: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(triton_scan, "_PARTIAL_BYTES", 0)
     if name == "long offsets":
         patch.setattr(triton_scan, "wide", lambda *tensors: True)
+        patch.setattr(triton_sums, "_MANY_PAIRS", 0)
     if name in ("ssd segments", "ssd slots"):
         patch.setattr(triton_ssd, "_ENOUGH", 10**6)
         patch.setattr(triton_ssd, "_WANTED", 16)
