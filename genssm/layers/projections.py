@@ -107,6 +107,19 @@ def _differentiated(function: Callable, inputs: Sequence[torch.Tensor], grads: S
         return torch.autograd.grad(function(*inputs), inputs, grads)
 
 
+def _copy(part: torch.Tensor, rows: torch.Tensor) -> None:
+    """``part.copy_(rows)`` for columns of a wider matrix, in words of eight bytes where they consist of such: what does
+    not lie in one piece is copied element by element."""
+    if part.dtype == rows.dtype and _in_words(part) and _in_words(rows):
+        part, rows = part.view(torch.int64), rows.view(torch.int64)
+    part.copy_(rows)
+
+
+def _in_words(x: torch.Tensor) -> bool:
+    size = torch.int64.itemsize // x.itemsize
+    return x.stride(-1) == 1 and all(n % size == 0 for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1]))
+
+
 class _Halves(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
@@ -164,7 +177,7 @@ class _StepsAndMaps(torch.autograd.Function):
         x, du, ddelta, *dmaps = (_outermost(t).reshape(sets, mapped.shape[1], -1) for t in (x, du, ddelta, *dmaps))
         du, dmapped = du.contiguous(), torch.empty_like(mapped)
         for part, grad in zip(dmapped.split(ctx.sizes, dim=-1)[1:], dmaps):
-            part.copy_(grad)
+            _copy(part, grad)
         dt, ddt = mapped[..., : ctx.sizes[0]], dmapped[..., : ctx.sizes[0]]
         needed, of_x, of_dt = ctx.needs_input_grad, [], []
         for s in range(sets):

@@ -184,7 +184,10 @@ def scan_direction(
         h = load_float(initial + s * i_s + k64 * i_k + origin * i_e + (et * i_e + nt * i_n), own_mask)
     else:
         h = gl.full([WARPS, NI, BLOCK], 0.0, gl.float32, TILE)
-    a2 = load_float(a + k64 * a_k + origin + own, own_mask) * LOG2E
+    if HANDED_ON:  # A as it lies, (E, N): the chain makes the copy for the next launch
+        a2 = load_float(a + k64 * a_k + origin * STATES + (et * STATES + nt), own_mask) * LOG2E
+    else:
+        a2 = load_float(a + k64 * a_k + origin + own, own_mask) * LOG2E
     bias_e = 0.0
     if bias is not None:
         bias_e = load_float(bias + k64 * bias_k + origin + ev, ev_mask)

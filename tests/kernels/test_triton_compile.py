@@ -191,7 +191,7 @@ def conv_launches(
 def test_compiles_for_every_target(target: tuple) -> None:
     launches = scan_launches(states=4, unroll=1, segments=2) + conv_launches(taps=4)
     each = {kernel.__name__: (kernel, arguments) for kernel, arguments in launches}
-    assert len(each) == 6
+    assert len(each) == 8
     for kernel, arguments in each.values():
         compile_for(kernel, arguments, target)
 
@@ -326,6 +326,8 @@ def test_forward_in_shared_memory(options: dict, arch: int, monkeypatch: pytest.
     assert "scan_forward_kernel" not in {kernel.__name__ for kernel, _ in others}
     local, in_turn = options.get("segments") == 2, options.get("directions", 1)  # each direction a launch
     assert [arguments["OUTPUT"] for _, arguments in caught] == [False] * local + [True] * in_turn
+    turned = [arguments["turned"] for kernel, arguments in others if kernel.__name__ == "chain_kernel"][:local]
+    assert all(arguments["a"] is a for (_, arguments), a in zip(caught[1:], turned))  # no launch to copy A alone
     for kernel, arguments in caught:
         compiled = compile_for(kernel, arguments, ("cuda", arch, 32))
         assert 4 * (compiled.metadata.shared + 1024) <= triton_scan._FORWARD_SHARED_BYTES
@@ -347,7 +349,9 @@ def test_many_states_go_backward_in_parts(
     monkeypatch.setattr(triton_scan, "_shared_memory", lambda index: triton_scan._SHARED_BYTES)
     caught = Caught().of(monkeypatch, triton_scan._shared_kernel())
     others = scan_launches(states=states, directions=directions, initial=True, segments=1)
-    assert {kernel.__name__ for kernel, _ in others} == {"scan_forward_kernel"}
+    names = [kernel.__name__ for kernel, _ in others]
+    sums = ["sum_maps_kernel"] * parts + ["sum_parameters_kernel"]  # the parts share the slots of the maps
+    assert names == ["scan_forward_kernel", *sums * directions]
     assert [arguments["first_direction"] for _, arguments in caught] == [*range(parts)] * directions
     assert {arguments["directions"] for _, arguments in caught} == {parts}
     assert {arguments["STATES"] for _, arguments in caught} == {-(-states // parts)}

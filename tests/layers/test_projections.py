@@ -117,6 +117,17 @@ def test_convolution_hands_over_whole_matrices() -> None:
     assert maps.transpose(0, 1)[0].flatten(0, 1).stride() == (mixer.dt_rank + 2 * mixer.d_state, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [(48, 16, 16), (7, 16, 16), (4, 2, 2), (4, 5, 3)])
+def test_columns_are_copied(dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+    """Whether they consist of whole words or not."""
+    joined = torch.zeros(3, 5, sum(sizes), dtype=dtype)
+    parts = [torch.randn(3, 5, size).to(dtype) for size in sizes]
+    for column, part in zip(joined.split(sizes, dim=-1), parts):
+        projections._copy(column, part)
+    assert torch.equal(joined, torch.cat(parts, dim=-1))
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_halves(autocast: bool) -> None:
     torch.manual_seed(0)
