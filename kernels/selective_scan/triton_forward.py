@@ -325,7 +325,6 @@ def chain_kernel(
     carry,
     decay,
     a,
-    turned,
     seed,
     a_k,
     i_s,
@@ -343,8 +342,7 @@ def chain_kernel(
     """Replace what each segment adds to a zero state (``carry``) by the state it really starts from.
 
     x_0 = seed, x_{i+1} = exp(A decay_i) x_i + carry_i, then carry_i = x_i; from the last segment back with REVERSE.
-    Every state is a chain of its own, so a program takes BLOCK of the N x E as they come. Where there is room for it in
-    ``turned``, A lies as (E, N), and goes there as (N, E).
+    Every state is a chain of its own, so a program takes BLOCK of the N x E as they come.
     """
     sk = tl.program_id(1).to(tl.int64)
     k64 = sk % directions
@@ -355,12 +353,7 @@ def chain_kernel(
     if seed is not None:
         natural = seed + (sk // directions) * i_s + k64 * i_k + e.to(tl.int64) * i_e + (own // CHANNELS) * i_n
         x = tl.load(natural, mask=mask, other=0.0).to(tl.float32)
-    if turned is None:
-        a2 = tl.load(a + k64 * a_k + own, mask=mask, other=0.0)
-    else:
-        a2 = tl.load(a + k64 * a_k + e * STATES + own // CHANNELS, mask=mask, other=0.0)
-        tl.store(turned + k64 * a_k + own, a2, mask=mask & (sk < directions))
-    a2 = a2 * LOG2E
+    a2 = tl.load(a + k64 * a_k + own, mask=mask, other=0.0) * LOG2E
     carry = carry + sk * segments * (STATES * CHANNELS) + own
     decay = decay + sk * segments * CHANNELS + e
     for base in range(0, segments, UNROLL):

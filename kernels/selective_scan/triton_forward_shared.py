@@ -116,6 +116,62 @@ def gate_rows(z, z_at, z_l, rows, mask, lengths, limit):
 
 
 @gluon.jit
+def chained(carry, decay, first, segment, origin, own, nt, mask, a2, STATES: gl.constexpr, CHANNELS: gl.constexpr):
+    """The state before a segment: that behind the first one, over what those between add and how they decay."""
+    h = load_float(carry + first * (STATES * CHANNELS) + origin + own, mask)
+    for base in range(1, segment, 4):
+        added = ()
+        decays = ()
+        for i in gl.static_range(4):
+            between = mask & (base + i < segment)  # beyond, nothing decays and nothing is added
+            slot = first + base + i
+            added = added + (load_float(carry + slot * (STATES * CHANNELS) + origin + own, between),)
+            decays = decays + (load_float(decay + slot * CHANNELS + origin + (own - nt * CHANNELS), between),)
+        for i in gl.static_range(4):
+            h = gl.exp2(decays[i] * a2) * h + added[i]
+    return h
+
+
+@gluon.jit
+def walk(
+    order,
+    base,
+    token,
+    fetched,
+    lowest,
+    highest,
+    steps,
+    feds,
+    bs,
+    cs,
+    h,
+    a2,
+    OUTPUT: gl.constexpr,
+    WARPS: gl.constexpr,
+    TRIP: gl.constexpr,
+):
+    """The states over a trip, with the rows of the one after the next loaded on the way."""
+    RUN: gl.constexpr = min(4, TRIP // WARPS)
+    RUNS: gl.constexpr = TRIP // RUN
+    TILE: gl.constexpr = h.type.layout
+    LANES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, TILE))
+    ys = ()
+    for run in gl.static_range(RUNS):
+        step_run = columns(steps.slice(run, 1), LANES, WARPS)
+        fed_run = columns(feds.slice(run, 1), LANES, WARPS)
+        for j in gl.static_range(RUN):
+            bt = state_column(bs.slice(run * RUN + j, 1), TILE, WARPS)
+            h = gl.exp2(step_run[j][None, None, :] * a2) * h + fed_run[j][None, None, :] * bt
+            if OUTPUT:
+                ct = state_column(cs.slice(run * RUN + j, 1), TILE, WARPS)
+                ys = ys + (gl.sum(h * ct, 1),)
+        if run == 1:
+            after_rows = visited(order, base + 2 * TRIP + token, lowest, highest)
+            after_fetch_rows = visited(order, base + 2 * TRIP + fetched, lowest, highest)
+    return h, ys, after_rows, after_fetch_rows
+
+
+@gluon.jit
 def scan_direction(
     k,
     where,
@@ -149,7 +205,7 @@ def scan_direction(
     ev_mask, nv_mask, own_mask = masks
     steps, feds, bs, cs, shares = buffers
     u, delta, a, b, c, skip, z, bias, orders, initial, lengths, first_steps, borders = inputs
-    out, last, saved, carry, decay = results
+    out, last, saved, carry, decay, turned = results
     u_b, u_k, u_l, u_e = u_strides
     d_b, d_k, d_l, d_e = d_strides
     z_b, z_k, z_l, z_e = z_strides
@@ -165,7 +221,6 @@ def scan_direction(
     TRIPS: gl.constexpr = CHUNK // TRIP
     TILE: gl.constexpr = gl.BlockedLayout([1, NI, 1], [1, 1, 32], [WARPS, 1, 1], [2, 1, 0])
     TOKENS: gl.constexpr = gl.BlockedLayout([1, 1, RUN], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])
-    LANES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, TILE))
     gl.static_assert(TRIPS % 2 == 0)
     k64 = k.to(gl.int64)
     sk = s * directions + k64
@@ -178,16 +233,19 @@ def scan_direction(
     else:
         first = gl.load(first_steps + k64 * sequences + s)
         end = first + gl.load(borders + s + 1) - gl.load(borders + s)
+    if HANDED_ON:  # A as it lies, (E, N)
+        a2 = load_float(a + k64 * a_k + origin * STATES + (et * STATES + nt), own_mask)
+        if OUTPUT:  # in the first segment, for the next launch
+            gl.store(turned + k64 * a_k + origin + own, a2, mask=own_mask & (s == 0))
+    else:
+        a2 = load_float(a + k64 * a_k + origin + own, own_mask)
+    a2 = a2 * LOG2E
     if CARRIED:
-        h = load_float(carry + (sk * segments + segment) * (STATES * CHANNELS) + origin + own, own_mask)
+        h = chained(carry, decay, sk * segments, segment, origin, own, nt, own_mask, a2, STATES, CHANNELS)
     elif OUTPUT & (initial is not None):
         h = load_float(initial + s * i_s + k64 * i_k + origin * i_e + (et * i_e + nt * i_n), own_mask)
     else:
         h = gl.full([WARPS, NI, BLOCK], 0.0, gl.float32, TILE)
-    if HANDED_ON:  # A as it lies, (E, N): the chain makes the copy for the next launch
-        a2 = load_float(a + k64 * a_k + origin * STATES + (et * STATES + nt), own_mask) * LOG2E
-    else:
-        a2 = load_float(a + k64 * a_k + origin + own, own_mask) * LOG2E
     bias_e = 0.0
     if bias is not None:
         bias_e = load_float(bias + k64 * bias_k + origin + ev, ev_mask)
@@ -262,19 +320,10 @@ def scan_direction(
                 zs = gate_rows(z, z_at, z_l, late_rows, ev_mask, lengths, limit)
                 sums = earlier(out, out_at, late_rows, CHANNELS, ev_mask & late & (k64 > 0), ACCUMULATE)
 
-            ys = ()
-            for run in gl.static_range(RUNS):
-                step_run = columns(steps[i % 2].slice(run, 1), LANES, WARPS)
-                fed_run = columns(feds[i % 2].slice(run, 1), LANES, WARPS)
-                for j in gl.static_range(RUN):
-                    bt = state_column(bs[i % 2].slice(run * RUN + j, 1), TILE, WARPS)
-                    h = gl.exp2(step_run[j][None, None, :] * a2) * h + fed_run[j][None, None, :] * bt
-                    if OUTPUT:
-                        ct = state_column(cs[i % 2].slice(run * RUN + j, 1), TILE, WARPS)
-                        ys = ys + (gl.sum(h * ct, 1),)
-                if run == 1:
-                    after_rows = visited(order, base + 2 * TRIP + token, lowest, highest)
-                    after_fetch_rows = visited(order, base + 2 * TRIP + fetched, lowest, highest)
+            h, ys, after_rows, after_fetch_rows = walk(
+                order, base, token, fetched, lowest, highest, steps[i % 2], feds[i % 2], bs[i % 2],
+                cs[i % 2] if OUTPUT else 0, h, a2, OUTPUT, WARPS, TRIP,
+            )  # fmt: skip
             if OUTPUT:
                 store_shares(shares[i % 2], ys)
             if OUTPUT:
@@ -337,7 +386,7 @@ def scan_segment(
     WARPS: gl.constexpr,
     TRIP: gl.constexpr,
 ):
-    """Scan one segment of one sequence for one block of channels; CARRIED: from the state that the chain left it."""
+    """Scan one segment of one sequence for one block of channels; CARRIED: from the states of those before it."""
     block, k, segment, s = place
     lengths, borders = inputs[10], inputs[12]
     length, zero = sizes[0], sizes[6]
@@ -423,6 +472,7 @@ def scan_forward_shared_kernel(
     saved,
     carry,
     decay,
+    turned,
     u_b,
     u_k,
     u_l,
@@ -478,7 +528,7 @@ def scan_forward_shared_kernel(
     """Scan one segment of one sequence for one block of channels, as `triton_forward.scan_forward_kernel` does.
 
     But where time is split: without OUTPUT the first segment is scanned for good, from the right initial state, and
-    with OUTPUT all but the first.
+    with OUTPUT all but the first; each finds its state from what the segments before it left, without a launch between.
     """
     BLOCKS: gl.constexpr = (GROUP_CHANNELS + 31) // 32 * (CHANNELS // GROUP_CHANNELS)
     block = gl.program_id(0) % BLOCKS
@@ -490,7 +540,7 @@ def scan_forward_shared_kernel(
         segment = segment + 1
     place = (block, k, segment, (work // segment_programs).to(gl.int64))
     inputs = (u, delta, a, b, c, skip, z, bias, orders, initial, lengths, first_steps, borders)
-    results = (out, last, saved, carry, decay)
+    results = (out, last, saved, carry, decay, turned)
     us = (u_b, u_k, u_l, u_e)
     ds = (d_b, d_k, d_l, d_e)
     zs = (z_b, z_k, z_l, z_e)

@@ -137,7 +137,7 @@ def scan_forward(
 
     with device_of(u):
         turned = None
-        if in_shared and plan.segments > 1:  # a launch that makes the copy of A on its way
+        if in_shared and plan.segments > 1:  # the first launch makes the copy on its way
             a = A.float().contiguous()
             turned = a.new_empty(a.shape[0], states, channels)
         else:
@@ -198,7 +198,7 @@ def scan_forward(
         }
         if in_shared:
             kernel = _forward_kernel()
-            arguments |= {"first_direction": 0, "WARPS": _SHARING_WARPS, "TRIP": _SHARING_TRIP}
+            arguments |= {"first_direction": 0, "turned": turned, "WARPS": _SHARING_WARPS, "TRIP": _SHARING_TRIP}
             arguments |= {"num_warps": _SHARING_WARPS}
             arguments |= register_limit(u.device, _SHARING_REGISTERS)
         else:
@@ -217,8 +217,9 @@ def scan_forward(
             local = {**arguments, "segment_programs": plan.segments - 1, "OUTPUT": False}
             launch(kernel, (programs * (plan.segments - 1),), **local)
             if in_shared:  # which has scanned the first segment for good by now
-                arguments |= {"segment_programs": plan.segments - 1, "a": turned}
-            _chain(carry, decay, a, turned, None if in_shared else initial_state, reverse=False)
+                arguments |= {"segment_programs": plan.segments - 1, "a": turned, "turned": None}
+            else:
+                _chain(carry, decay, a, initial_state, reverse=False)
         launch(kernel, (programs * arguments["segment_programs"],), **arguments, OUTPUT=True)
         if in_shared and in_turn:  # launches one after the other; a program of the plain kernel has taken all in turn
             for k in range(1, directions):
@@ -352,7 +353,7 @@ def scan_backward(
                 decay = new(sequences, directions, plan.segments, channels)
                 grid = (groups * tile.blocks(channels // groups) * plan.segments * sequences * directions,)
                 launch(scan_adjoint_kernel, grid, carry=carry, decay=decay, **inputs, **sizes)
-                _chain(carry, decay, a, None, grad_last_state, reverse=True)
+                _chain(carry, decay, a, grad_last_state, reverse=True)
             arguments = {
                 **inputs,
                 **register_limit(u.device, _BACKWARD_REGISTERS),
@@ -574,7 +575,7 @@ def _block_programs(group_blocks: int, groups: int, channels: int, states: int) 
     return -(-group_blocks // (-(-group_blocks // programs)))
 
 
-def _chain(carry: Tensor, decay: Tensor, a: Tensor, turned: Tensor | None, seed: Tensor | None, reverse: bool) -> None:
+def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, reverse: bool) -> None:
     sequences, directions, segments, states, channels = carry.shape
     launch(
         chain_kernel,
@@ -582,7 +583,6 @@ def _chain(carry: Tensor, decay: Tensor, a: Tensor, turned: Tensor | None, seed:
         carry=carry,
         decay=decay,
         a=a,
-        turned=turned,
         seed=seed,
         a_k=strides(a, directions=0)[0],
         **named("i", "sken", strides(seed, 4)),
