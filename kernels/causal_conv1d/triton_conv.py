@@ -22,6 +22,7 @@ from genssm.kernels.triton_launch import (
     sequence_of,
     strides,
 )
+from genssm.kernels.triton_sums import sum_parameters
 
 _NAME = "causal_conv1d"
 _BLOCK_E = 128
@@ -110,9 +111,8 @@ def conv_backward(
                 direction_programs=K // turns,
                 ACCUMULATE=turns > 1,
             )
-        total = parts.sum(0)  # (K, W + 1, E)
-        dweight = _shared(total[:, :taps].transpose(1, 2), weight)
-        dbias = None if bias is None else _shared(total[:, taps], bias)
+        of_bias = None if bias is None else parts[:, :, taps]
+        dweight, dbias, _ = sum_parameters(parts[:, :, :taps], (of_bias, None), (weight, bias, None))
     return dx, dweight, dbias, None if dinitial is None else dinitial.to(initial_state.dtype)
 
 
@@ -169,8 +169,3 @@ def _arguments(
     }
     programs = step_programs + (sequences if states else 0)
     return arguments, (blocks * programs,), step_programs
-
-
-def _shared(total: Tensor, like: Tensor) -> Tensor:
-    """Add the directions where they share ``like``."""
-    return (total.sum(0, keepdim=True) if like.shape[0] < total.shape[0] else total).to(like.dtype)

@@ -21,7 +21,6 @@ from genssm.kernels.selective_scan.reference import directions_of
 from genssm.kernels.selective_scan.triton_backward import scan_adjoint_kernel, scan_backward_kernel
 from genssm.kernels.selective_scan.triton_forward import chain_kernel, scan_forward_kernel
 from genssm.kernels.selective_scan.triton_states import backward_in_parts
-from genssm.kernels.selective_scan.triton_sums import map_gradient, sum_maps, sum_parameters
 from genssm.kernels.selective_scan.triton_tiles import LANES, backward_tile, forward_tile
 from genssm.kernels.triton_launch import (
     compiled_for_nvidia,
@@ -36,6 +35,7 @@ from genssm.kernels.triton_launch import (
     strides,
     wide,
 )
+from genssm.kernels.triton_sums import map_gradient, sum_maps, sum_parameters
 
 _NAME = "selective_scan"
 CHUNK = 32  # steps between two checkpoints
@@ -406,7 +406,7 @@ def scan_backward(
                 launch(kernel, (programs,), **arguments, first_direction=first, **sizes)
                 sum_maps(slots, first, dB, dC)
     with device_of(u):
-        dA, dD, ddelta_bias = sum_parameters(da, dskip, dbias, A, D, delta_bias)
+        dA, dD, ddelta_bias = sum_parameters(da, (dskip, dbias), (A, D, delta_bias))
     du, ddelta, dz = (x.result() for x in per_token)
     dB, dC = (g if g.shape == x.shape else g.sum(1, keepdim=True).to(x.dtype) for g, x in zip((dB, dC), (B, C)))
     dinitial = None if dinitial is None else dinitial.to(initial_state.dtype)

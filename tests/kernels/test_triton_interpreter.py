@@ -152,6 +152,11 @@ CASES: dict[str, dict[str, Case]] = {
             batch=1, length=75, cu_seqlens=(0, 31, 33, 64, 75), channels=3, directions=2, order="both", initial=True
         ),
     },
+    "sums": {
+        "several blocks": Case(batch=3, length=41, channels=40, groups=2, states=5, directions=2, own="A D B"),
+        "all shared": Case(batch=1, length=5, channels=3, states=16, directions=3),
+        "all their own": Case(batch=2, length=3, channels=33, states=17, directions=2, own="A B C D delta_bias"),
+    },
 }
 
 
@@ -186,7 +191,8 @@ def test_parity_in_the_interpreter(group: str) -> None:
 
 def _force(name: str, patch: pytest.MonkeyPatch) -> None:
     """Take the path that a case is about, whatever its size."""
-    from genssm.kernels.selective_scan import triton_scan, triton_sums
+    from genssm.kernels import triton_sums
+    from genssm.kernels.selective_scan import triton_scan
     from genssm.kernels.ssd import triton_ssd
 
     if name.startswith("segments"):
@@ -216,6 +222,40 @@ def _force(name: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(triton_ssd, "wide", lambda *tensors: True)
 
 
+def check_sums(case: Case) -> None:
+    """The sums of slots, more than are read together, against PyTorch's."""
+    from genssm.kernels import triton_sums
+
+    batch, directions, length, groups = case.batch, case.directions, case.length, case.groups
+    states, channels = case.states, case.channels
+    generator = torch.Generator().manual_seed(0)
+    own = {name: directions if name in case.own.split() else 1 for name in ("A", "D", "delta_bias", "B", "C")}
+    slots = torch.randn(11, batch, 1, length, groups, states, 2, generator=generator)
+    maps = [torch.zeros(batch, own[name], length, groups, states, dtype=torch.float16) for name in ("B", "C")]
+    found = [triton_sums.map_gradient(x, directions) for x in maps]
+    for k in range(directions):
+        triton_sums.sum_maps(slots + k, k, *found)
+    for x, grad, expected in zip(maps, found, slots.sum(0).unbind(-1)):
+        expected = torch.cat([expected + 11 * k for k in range(directions)], 1)
+        assert grad.dtype == (x.dtype if x.shape[1] == directions else torch.float32)
+        torch.testing.assert_close(grad, expected.to(grad.dtype), rtol=1e-3, atol=1e-4)
+
+    parts = torch.randn(70, directions, states + 2, channels, generator=generator)
+    vectors = parts[:, :, states], parts[:, :, states + 1].contiguous()
+    like = [torch.zeros(own["A"], channels, states), *(torch.zeros(own[x], channels) for x in ("D", "delta_bias"))]
+    for without in (False, True):
+        given = (None, vectors[1]) if without else vectors
+        present = (like[0], None if without else like[1], like[2])
+        grads = triton_sums.sum_parameters(parts[:, :, :states], given, present)
+        expected = (parts[:, :, :states].transpose(-1, -2), *given)
+        for x, grad, slots in zip(like, grads, expected):
+            if slots is None:
+                assert grad is None
+                continue
+            total = slots.sum(0) if x.shape[0] == directions else slots.sum((0, 1))[None]
+            torch.testing.assert_close(grad, total, rtol=1e-4, atol=1e-4)
+
+
 def _outcome(name: str, case: Case, group: str) -> str:
     from genssm.kernels.causal_conv1d import causal_conv1d
     from genssm.kernels.selective_scan import selective_scan
@@ -229,6 +269,9 @@ def _outcome(name: str, case: Case, group: str) -> str:
             _force(name, patch)
             if group == "scan in shared memory":
                 gluon_on_cpu.use_for_the_scan(patch)
+            if group == "sums":
+                check_sums(case)
+                return ""
             check_parity(op, make, case, "triton", "cpu")
             if small:  # float16 rounds as it should there; bfloat16 does not
                 check_parity(op, make, dataclasses.replace(case, **small), "triton", "cpu", torch.float16)

@@ -1,7 +1,8 @@
-"""Sums of what the programs of the scan's backward pass leave in slots, in Triton.
+"""Sums of what the programs of a backward pass leave in slots, in Triton.
 
-dB and dC are sums over blocks of channels, dA, dD and dbias over sequences. One launch for each of the two groups reads
-every slot once, adds in the order of the slots and writes the gradients as they are returned.
+Gradients of the maps B and C are sums over blocks of channels, those of parameters over sequences and stretches of
+them. A launch reads every slot once, adds in an order that is always the same, and writes the gradients as they are
+returned.
 """
 
 import torch
@@ -15,7 +16,7 @@ from genssm.kernels.triton_launch import launch, named
 _PAIRS = 512  # of dB and dC, in a program
 _MANY_PAIRS = 2**30  # whose offsets need 64 bits
 _UNROLL = 8  # slots of them that are loaded together
-_CHANNELS, _STATES, _SLOTS = 32, 4, 32  # of A, that a program reads together
+_CHANNELS, _STATES, _SLOTS = 32, 4, 32  # of parameters, that a program reads together
 
 
 def map_gradient(x: Tensor, directions: int) -> Tensor:
@@ -54,29 +55,41 @@ def sum_maps(slots: Tensor, first_direction: int, dB: Tensor, dC: Tensor) -> Non
 
 
 def sum_parameters(
-    da: Tensor, dskip: Tensor | None, dbias: Tensor | None, A: Tensor, D: Tensor | None, delta_bias: Tensor | None
+    matrices: Tensor, vectors: tuple[Tensor | None, Tensor | None], like: tuple[Tensor, Tensor | None, Tensor | None]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of A, D and the step bias, like these, from slots (W, K, N, E) and (W, K, E) in float32.
+    """Gradients of a matrix and two vectors of every channel: A, D and the step bias of a scan, taps of a convolution.
 
-    Where directions share one, the gradient is the sum over them.
+    Where directions share one, its gradient is the sum over them.
+
+    Args:
+        matrices: slots (W, K, N, E), float32; a slot of a direction lies in one piece, at equal distances.
+        vectors: slots (W, K, E), float32, likewise; None for an absent one.
+        like: the parameters, (1 or K, E, N) and (1 or K, E).
+
+    Returns:
+        What is like these.
     """
-    works, directions, states, channels = da.shape
-    grads = [None if x is None else x.new_empty(x.shape) for x in (A, D, delta_bias)]
-    own = [0 if x is None else x.shape[0] for x in (A, D, delta_bias)]
+    works, directions, states, channels = matrices.shape
+    grads = [None if x is None else x.new_empty(x.shape) for x in like]
+    own = [0 if x is None else x.shape[0] for x in like]
+    steps = [0 if x is None else x.stride(1) for x in (matrices, *vectors)]
     if channels:
         launch(
             sum_parameters_kernel,
-            (triton.cdiv(channels, _CHANNELS), triton.cdiv(states, _STATES) + 2, max(own)),
-            da=da,
-            dskip=dskip,
-            dbias=dbias,
-            grad_a=grads[0],
-            grad_skip=grads[1],
-            grad_bias=grads[2],
+            (triton.cdiv(channels, _CHANNELS), triton.cdiv(states, _STATES) + len(vectors), max(own)),
+            matrices=matrices,
+            vectors_0=vectors[0],
+            vectors_1=vectors[1],
+            grad=grads[0],
+            grad_0=grads[1],
+            grad_1=grads[2],
             slots=works * directions,
-            own_a=own[0],
-            own_skip=own[1],
-            own_bias=own[2],
+            own=own[0],
+            own_0=own[1],
+            own_1=own[2],
+            step=steps[0],
+            step_0=steps[1],
+            step_1=steps[2],
             CHANNELS=channels,
             STATES=states,
             SLOTS=_SLOTS,
@@ -133,28 +146,31 @@ def sum_maps_kernel(
 
 
 @triton.jit
-def _add(here, parts, grad, k, own, slots, width, offsets, grad_offsets, mask, SLOTS: tl.constexpr):
-    """Write the sum of every ``own``-th of all ``slots`` from the k-th on; each holds ``width`` elements."""
+def _add(here, slots, step, grad, k, own, count, offsets, grad_offsets, mask, SLOTS: tl.constexpr):
+    """Write the sum of every ``own``-th of ``count`` slots from the k-th on; ``step`` elements from one to the next."""
     if here & (k < own):
         total = tl.zeros([SLOTS, offsets.shape[0]], tl.float32)
-        for first in range(k, slots, own * SLOTS):
+        for first in range(k, count, own * SLOTS):
             slot = first + own * tl.arange(0, SLOTS)[:, None].to(tl.int64)
-            total += tl.load(parts + slot * width + offsets[None, :], mask=mask[None, :] & (slot < slots), other=0.0)
-        tl.store(grad + k * width + grad_offsets, tl.sum(total, 0).to(grad.dtype.element_ty), mask=mask)
+            total += tl.load(slots + slot * step + offsets[None, :], mask=mask[None, :] & (slot < count), other=0.0)
+        tl.store(grad + grad_offsets, tl.sum(total, 0).to(grad.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["slots", "own_a", "own_skip", "own_bias"])
+@triton.jit(do_not_specialize=["slots", "own", "own_0", "own_1"])
 def sum_parameters_kernel(
-    da,
-    dskip,
-    dbias,
-    grad_a,
-    grad_skip,
-    grad_bias,
+    matrices,
+    vectors_0,
+    vectors_1,
+    grad,
+    grad_0,
+    grad_1,
     slots,
-    own_a,
-    own_skip,
-    own_bias,
+    own,
+    own_0,
+    own_1,
+    step,
+    step_0,
+    step_1,
     CHANNELS: tl.constexpr,
     STATES: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -163,20 +179,20 @@ def sum_parameters_kernel(
 ):
     """The gradient of a block of channels of one parameter, for one direction or for all that share it.
 
-    Programs along dimension 1: blocks of the states of A, then D, then the step bias.
+    Programs along dimension 1: blocks of the states of the matrix, then the vectors.
     """
     PARTS: tl.constexpr = (STATES + BLOCK_N - 1) // BLOCK_N
     k = tl.program_id(2)
     part = tl.program_id(1)
     first = tl.program_id(0) * BLOCK
     e = first + tl.arange(0, BLOCK)
-    if dskip is not None:
-        _add(part == PARTS, dskip, grad_skip, k, own_skip, slots, CHANNELS, e, e, e < CHANNELS, SLOTS)
-    if dbias is not None:
-        _add(part == PARTS + 1, dbias, grad_bias, k, own_bias, slots, CHANNELS, e, e, e < CHANNELS, SLOTS)
+    if vectors_0 is not None:
+        _add(part == PARTS, vectors_0, step_0, grad_0, k, own_0, slots, e, k * CHANNELS + e, e < CHANNELS, SLOTS)
+    if vectors_1 is not None:
+        _add(part == PARTS + 1, vectors_1, step_1, grad_1, k, own_1, slots, e, k * CHANNELS + e, e < CHANNELS, SLOTS)
     inside = tl.arange(0, BLOCK_N * BLOCK)
     n = part * BLOCK_N + inside // BLOCK
     e = first + inside % BLOCK
     mask = (n < STATES) & (e < CHANNELS)
-    in_slot = n * CHANNELS + e
-    _add(part < PARTS, da, grad_a, k, own_a, slots, STATES * CHANNELS, in_slot, e * STATES + n, mask, SLOTS)
+    in_grad = (k * CHANNELS + e) * STATES + n
+    _add(part < PARTS, matrices, step, grad, k, own, slots, n * CHANNELS + e, in_grad, mask, SLOTS)
