@@ -31,6 +31,10 @@ class _Like(NamedTuple):
     device: torch.device
     past: int  # the last multiple of 16, in bytes
 
+    @classmethod
+    def of(cls, x: Tensor) -> "_Like":
+        return cls(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
+
     def fake(self) -> Tensor:
         """Such a tensor without numbers; its storage begins at a multiple of 16, as all that PyTorch allocates."""
         first = self.past // self.dtype.itemsize
@@ -73,13 +77,7 @@ class Ahead:
         # The only strings are names of implementations.
         if not triton_launch.repeats(device.type) or any(isinstance(x, str) and x != "triton" for x in args):
             return
-        call = (
-            tuple(
-                _Like(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) if isinstance(x, Tensor) else x
-                for x in args
-            ),
-            needs_input_grad,
-        )
+        call = tuple(_Like.of(x) if isinstance(x, Tensor) else x for x in args), needs_input_grad
         if call not in self.seen and len(self.seen) < _MOST:
             self.seen.add(call)
             # Not a daemon, which would be torn out of the compiler when the process ends.
@@ -100,10 +98,5 @@ class Ahead:
             context = _Context(needs_input_grad)
             self.setup_context(context, inputs, output)
             results = output if isinstance(output, tuple) else (output,)
-            self.backward(
-                context,
-                *(
-                    torch.empty_like(x) if i < self.differentiated and x.numel() else None
-                    for i, x in enumerate(results)
-                ),
-            )
+            given = [i < self.differentiated and x.numel() > 0 for i, x in enumerate(results)]
+            self.backward(context, *(torch.empty_like(x) if has else None for x, has in zip(results, given)))

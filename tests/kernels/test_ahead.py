@@ -362,12 +362,14 @@ def test_what_a_thread_cannot_do_changes_nothing(
         launched.append(arguments)
 
     launched: list[dict] = []
+    uncaught: list = []
+    monkeypatch.setattr(threading, "excepthook", uncaught.append)
     monkeypatch.setattr(conv_backward_kernel, "run", fail)
     backward = forward(*CASES["convolution"]())
     for thread in threads():
         thread.join(WAIT)
     assert [str(error) for error in gpu.failed] == ["no compiler"]
-    assert not triton_launch._compiling
+    assert not uncaught and not triton_launch._compiling
     backward()
     assert launched and capfd.readouterr() == ("", "")
 
@@ -419,9 +421,12 @@ EXIT = """
 import time
 from types import SimpleNamespace
 import torch
-from genssm.kernels import ahead, triton_launch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from genssm.kernels import triton_launch
 from genssm.kernels.custom_op import custom_op
 
+with FakeTensorMode():  # as in the fixture
+    pass
 triton_launch._triton = lambda device: SimpleNamespace()
 op = custom_op("genssm_test::slow", schema="(Tensor x, int i) -> Tensor")(lambda x, i: 2 * x)
 began = []
@@ -442,7 +447,7 @@ def test_a_process_ends_with_the_threads_at_work_and_no_other() -> None:
         text=True, timeout=100,
     )  # fmt: skip
     assert found.returncode == 0 and found.stderr == ""
-    assert found.stdout.split() == ["exit"] + ["ended"] * 4
+    assert found.stdout.startswith("exit") and found.stdout.count("ended") == 4
 
 
 @pytest.mark.slow
