@@ -3,11 +3,14 @@
 Triton is imported only by what a launch needs.
 """
 
+import collections
 import contextlib
 import functools
 import operator
 import os
+import threading
 import types
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -120,6 +123,9 @@ def launch(kernel, grid: tuple[int, ...], /, **arguments) -> None:
     types and alignments, and whatever is no tensor by its value. An argument is a tensor or None in all launches of a
     kernel, or in none.
     """
+    if _compiling and compiles_only():
+        _compile(kernel, grid, arguments)
+        return
     triton = _triton(next(iter(arguments.values())).device.type)
     if triton is None or kernel.pre_run_hooks or any(_hooks(triton)):
         kernel[grid](**arguments)
@@ -139,7 +145,8 @@ def launch(kernel, grid: tuple[int, ...], /, **arguments) -> None:
     key = tuple(key)
     binary = launches.binaries.get(key)
     if binary is None:
-        binary = kernel[grid](**arguments)
+        with _locks[kernel.fn]:
+            binary = kernel[grid](**arguments)
         if binary is not None:
             launches.remember(key, binary)
         return
@@ -170,6 +177,52 @@ class _Launches:
 
 
 _launches: dict[types.FunctionType, _Launches] = {}
+
+_compiling: set[int] = set()  # threads whose launches launch nothing
+# Of each kernel: Triton lets two threads compile one twice, and launch a binary that is not loaded to the end.
+_locks: dict[types.FunctionType, threading.Lock] = collections.defaultdict(threading.Lock)
+
+
+@contextlib.contextmanager
+def only_compiling() -> Iterator[None]:
+    """Inside, this thread's launches, of fake tensors, compile and load what others will launch."""
+    _compiling.add(threading.get_ident())
+    try:
+        yield
+    finally:
+        _compiling.discard(threading.get_ident())
+
+
+def compiles_only() -> bool:
+    """Whether this thread is in `only_compiling`."""
+    return threading.get_ident() in _compiling
+
+
+class _Pointer:
+    """What Triton looks at in a tensor. A fake one's storage begins at a multiple of 16."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.dtype, self.address = x.dtype, x.storage_offset() * x.itemsize
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _compile(kernel, grid: tuple[int, ...], arguments: dict) -> None:
+    """Make the binary that `launch` would launch, and load it."""
+    triton = _triton(next(iter(arguments.values())).device.type)
+    if kernel.pre_run_hooks or any(_hooks(triton)):
+        return  # launches are Triton's, which wait for nobody
+    pointers = {name: _Pointer(x) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    with _locks[kernel.fn]:
+        binary = kernel.warmup(grid=grid, **pointers)
+        if binary is not None:
+            binary[grid]  # its launcher, which is not called
+
+
+def repeats(device: str) -> bool:
+    """Whether `launch` repeats launches on a type of device, instead of leaving all to Triton."""
+    return _triton(device) is not None
 
 
 @functools.cache

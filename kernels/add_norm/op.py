@@ -95,7 +95,7 @@ def _backward(ctx, dh: Tensor | None, dy: Tensor | None, dn: Tensor | None) -> t
     return dstream.to(ctx.stream_dtype), dx, *others, *(None,) * 6
 
 
-add_norm_fwd.register_autograd(_backward, _setup_context)
+add_norm_fwd.register_autograd(_backward, _setup_context, differentiated=3)
 
 
 def add_norm(h: Tensor, x: Tensor | None, gate: Tensor | None, *rest) -> tuple[Tensor, Tensor, Tensor | None]:
