@@ -5,9 +5,11 @@ backward pass. Half of that time does not hold the interpreter's lock: passes of
 the code that launches. So a call that will be differentiated starts a thread that walks through the backward pass on
 tensors without numbers, and compiles and loads what that would launch. Such threads are an offer: whoever launches a
 kernel waits for a thread that is at work on it, or does the work. What fails in a thread is met again by the launch.
+Python 3.12 or newer.
 """
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +20,8 @@ from torch.autograd.function import FunctionCtx
 
 from genssm.kernels import triton_launch
 
+# Older ones may collect garbage inside of `ast.parse`, switch threads there, and fail in whichever thread parses then.
+_PARSES_IN_THREADS = sys.version_info >= (3, 12)
 _MOST = 32  # kinds of calls of an op, where no backward pass ever comes
 _slots = threading.Semaphore(4)  # threads at work: they share one interpreter
 
@@ -75,7 +79,8 @@ class Ahead:
     def __call__(self, args: tuple, needs_input_grad: tuple[bool, ...]) -> None:
         device = next(x for x in args if isinstance(x, Tensor)).device
         # The only strings are names of implementations.
-        if not triton_launch.repeats(device.type) or any(isinstance(x, str) and x != "triton" for x in args):
+        others = any(isinstance(x, str) and x != "triton" for x in args)
+        if others or not _PARSES_IN_THREADS or not triton_launch.repeats(device.type):
             return
         call = tuple(_Like.of(x) if isinstance(x, Tensor) else x for x in args), needs_input_grad
         if call not in self.seen and len(self.seen) < _MOST:
