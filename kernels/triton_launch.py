@@ -3,7 +3,6 @@
 Triton is imported only by what a launch needs.
 """
 
-import collections
 import contextlib
 import functools
 import operator
@@ -145,7 +144,7 @@ def launch(kernel, grid: tuple[int, ...], /, **arguments) -> None:
     key = tuple(key)
     binary = launches.binaries.get(key)
     if binary is None:
-        with _locks[kernel.fn]:
+        with _lock(kernel):
             binary = kernel[grid](**arguments)
         if binary is not None:
             launches.remember(key, binary)
@@ -180,7 +179,11 @@ _launches: dict[types.FunctionType, _Launches] = {}
 
 _compiling: set[int] = set()  # threads whose launches launch nothing
 # Of each kernel: Triton lets two threads compile one twice, and launch a binary that is not loaded to the end.
-_locks: dict[types.FunctionType, threading.Lock] = collections.defaultdict(threading.Lock)
+_locks: dict[types.FunctionType, threading.Lock] = {}
+
+
+def _lock(kernel) -> threading.Lock:
+    return _locks.setdefault(kernel.fn, threading.Lock())  # one step, whatever other threads do
 
 
 @contextlib.contextmanager
@@ -214,7 +217,7 @@ def _compile(kernel, grid: tuple[int, ...], arguments: dict) -> None:
     if kernel.pre_run_hooks or any(_hooks(triton)):
         return  # launches are Triton's, which wait for nobody
     pointers = {name: _Pointer(x) if isinstance(x, Tensor) else x for name, x in arguments.items()}
-    with _locks[kernel.fn]:
+    with _lock(kernel):
         binary = kernel.warmup(grid=grid, **pointers)
         if binary is not None:
             binary[grid]  # its launcher, which is not called
