@@ -19,15 +19,14 @@ from genssm.kernels.selective_scan.triton_shared_tiles import (
     biased,
     byte_count,
     chunk_rows,
-    earlier,
     emit,
     exp2_tile,
     in_row,
     joined,
     landed,
+    load_early,
     load_float,
     load_kept,
-    load_steps,
     load_tile,
     of_step,
     of_steps,
@@ -35,6 +34,7 @@ from genssm.kernels.selective_scan.triton_shared_tiles import (
     prefetch_row,
     sigmoid,
     state_row,
+    step_inputs,
     store_kept,
     store_tile,
     sum_channels,
@@ -48,30 +48,197 @@ from genssm.kernels.triton_launch import TABLES
 
 
 @gluon.jit
-def step_inputs(step, stop, rows, limit, masks, tensors, places, LIMITED: gl.constexpr, ADDS: gl.constexpr):
-    """What only the way back needs of a step: its row, gradient, C and z, and what earlier directions left there."""
-    grad, c, z, du, ddelta, dz = tensors
-    g_at, g_step, c_at, c_step, z_at, z_step, du_at, dd_at, dz_at, channels = places
-    ev_mask, state_mask, later_direction = masks
-    row = of_step(rows, gl.minimum(step, stop - 1))
-    live = step < stop
-    e_mask = ev_mask
-    n_mask = state_mask
-    if LIMITED:
-        live = live & (row < limit)
-        e_mask = ev_mask & live
-        n_mask = state_mask & live
-    g = gl.load(in_row(grad, g_at, row, g_step), mask=ev_mask & live, other=0.0)
-    ct = gl.load(in_row(c, c_at, row, c_step), mask=n_mask, other=0.0)
-    z_t = 0.0
-    added = ev_mask & live & later_direction
-    dz_left = 0.0
-    if z is not None:
-        z_t = gl.load(in_row(z, z_at, row, z_step), mask=e_mask, other=0.0)
-        dz_left = earlier(dz, dz_at, row, channels, added, ADDS[2])
-    du_left = earlier(du, du_at, row, channels, added, ADDS[0])
-    dd_left = earlier(ddelta, dd_at, row, channels, added, ADDS[1])
-    return row, g, ct, z_t, du_left, dd_left, dz_left
+def walk_forth(
+    trip,
+    trips,
+    start,
+    stop,
+    limit,
+    zero,
+    rows,
+    h,
+    early,
+    scratch,
+    of_channels,
+    masks,
+    early_from,
+    early_at,
+    HAS_BIAS: gl.constexpr,
+    SOFTPLUS: gl.constexpr,
+    LIMITED: gl.constexpr,
+    UNROLL: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """A trip of the first walk: keep the state before it; the state behind it, and the inputs of the next trip."""
+    WHOLE: gl.constexpr = gl.BlockedLayout([4, 1, 4], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
+    u, delta, b = early_from
+    us, ds, bs = early
+    a2, bias_e, _skip_e = of_channels
+    zeros = gl.full([32 * WARPS, 4], 0.0, gl.float32, gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0]))
+    base = start + trip * UNROLL
+    store_kept(scratch.index(trip), h, WHOLE)
+    for i in gl.static_range(UNROLL):
+        live = base + i < stop
+        if LIMITED:
+            live = live & (of_step(rows, gl.minimum(base + i, stop - 1)) < limit)
+        step = activated(biased(landed(ds[i], delta), bias_e, HAS_BIAS), live, SOFTPLUS)
+        fed = to_tile(step * landed(us[i], u))
+        bt = state_row(landed(bs[i], b), zeros)
+        decayed = times_tile(exp2_tile(times_tile(to_tile(step), a2)), h)
+        h = times_plus_tile(fed, (bt, bt, bt, bt), decayed)
+        if i == 2:
+            # Behind arithmetic, else what that waits for would wait for these loads as well.
+            next_base = start + gl.minimum(trip + 1, trips - 1) * UNROLL
+            at_rows = of_steps(behind(rows, gl.sum(h[3], 1), zero), next_base, stop - 1, UNROLL)
+            following = load_early(at_rows, masks, early_from, early_at, limit, LIMITED)
+    return h, following
+
+
+@gluon.jit
+def walk_back(
+    trip,
+    base,
+    chunk,
+    bottom,
+    stop,
+    limit,
+    zero,
+    order,
+    rows,
+    next_rows,
+    adjoint,
+    after,
+    early,
+    sums,
+    tiles,
+    of_channels,
+    masks,
+    early_from,
+    early_at,
+    late_from,
+    late_at,
+    of_joined,
+    HAS_BIAS: gl.constexpr,
+    HAS_SKIP: gl.constexpr,
+    SOFTPLUS: gl.constexpr,
+    LIMITED: gl.constexpr,
+    ADDS: gl.constexpr,
+    CHUNK: gl.constexpr,
+    UNROLL: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """A trip on the way back, from the state behind it.
+
+    Returns the adjoint state, the state before the trip, the inputs of the trip before it, ahead of the first one those
+    of the next chunk's, and the sums of dA, dbias and dD.
+    """
+    TILE: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
+    WHOLE: gl.constexpr = gl.BlockedLayout([4, 1, 4], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
+    # dB and dC of a trip, of every warp; then each warp joins those of some of its tokens
+    TRIP: gl.constexpr = gl.BlockedLayout([1, UNROLL], [32, 1], [WARPS, 1], [1, 0])
+    JOINED: gl.constexpr = gl.BlockedLayout([1, UNROLL // WARPS], [32, 1], [1, WARPS], [1, 0])
+    scratch, shares = tiles
+    u, delta, b = early_from
+    us, ds, bs = early
+    a2, bias_e, skip_e = of_channels
+    a_sum, bias_sum, skip_sum = sums
+    ev_mask, _state_mask, _later_direction = masks
+    _grad, _c, z, du, ddelta, dz = late_from
+    _g_at, _g_step, _c_at, _c_step, _z_at, _z_step, du_at, dd_at, dz_at, channels = late_at
+    of_c, own_token, pair_mask, dbc_at, dbc_step = of_joined
+    nothing = zero.to(gl.float32)
+    zeros = gl.full([32 * WARPS, 4], 0.0, gl.float32, TILE)
+    h = load_kept(scratch.index(trip), TILE, WHOLE)
+    # rows of the steps whose dB and dC this warp joins, long before it needs them
+    token_row = gl.minimum(base + own_token, stop - 1)
+    if order is not None:
+        token_row = gl.load(order + token_row)
+    steps = ()
+    before = ()
+    for i in gl.static_range(UNROLL):
+        live = base + i < stop
+        if LIMITED:
+            live = live & (of_step(rows, gl.minimum(base + i, stop - 1)) < limit)
+        step = activated(biased(landed(ds[i], delta), bias_e, HAS_BIAS), live, SOFTPLUS)
+        steps = steps + (step,)
+        if i == 1:
+            lates = (step_inputs(base + UNROLL - 1, stop, rows, limit, masks, late_from, late_at, LIMITED, ADDS),)
+        before = before + (h,)
+        if i < UNROLL - 1:
+            fed = to_tile(step * landed(us[i], u))
+            bt = state_row(landed(bs[i], b), zeros)
+            decayed = times_tile(exp2_tile(times_tile(to_tile(step), a2)), h)
+            h = times_plus_tile(fed, (bt, bt, bt, bt), decayed)
+    # What only the way back needs is loaded while the step behind it is computed.
+    late_rows = rows
+    boths = ()
+    for i in gl.static_range(UNROLL - 1, -1, -1):
+        if i > 0:
+            late = step_inputs(base + i - 1, stop, late_rows, limit, masks, late_from, late_at, LIMITED, ADDS)
+            lates = lates + (late,)
+        row, g, ct, z_t, du_left, dd_left, dz_left = lates[UNROLL - 1 - i]  # the last step's came first
+        g = g.to(gl.float32)
+        ct = state_row(ct.to(gl.float32), zeros)
+        live = base + i < stop
+        mask = ev_mask & live
+        seen = live
+        if LIMITED:
+            seen = live & (row < limit)
+        u_t = landed(us[i], u)
+        step = steps[i]
+        if z is not None:
+            z_t = z_t.to(gl.float32)
+            gate = sigmoid(z_t)
+            y = sum_states(after, (ct, ct, ct, ct))
+            if HAS_SKIP:
+                y = y + skip_e * u_t
+            dz_t = g * y * gate * (1.0 + z_t * (1.0 - gate))
+            emit(dz_t, dz_left, dz, dz_at, row, channels, mask)
+            g = g * z_t * gate
+        g_tile = to_tile(g)
+        adjoint = times_plus_tile(g_tile, (ct, ct, ct, ct), adjoint)
+        db_t = sum_channels(to_tile(step * u_t), adjoint)
+        dc_t = sum_channels(g_tile, after)
+        both = gl.where(of_c, dc_t, db_t) + swapped(gl.where(of_c, db_t, dc_t), 4)
+        boths = (both,) + boths
+        if i == 2:
+            # Here, because registers are free again, and behind arithmetic, as in the first walk.
+            ahead_rows = behind(gl.where(trip > 0, rows, next_rows), both, zero)
+            ahead = gl.where(trip > 0, base - UNROLL, gl.maximum((chunk - 1) * CHUNK, bottom))
+            at_rows = of_steps(ahead_rows, ahead, stop - 1, UNROLL)
+            following = load_early(at_rows, masks, early_from, early_at, limit, LIMITED)
+        bt = state_row(landed(bs[i], b), zeros)
+        along_b = sum_states(adjoint, (bt, bt, bt, bt))
+        # `nothing` is zero, but unknown: a second exponential instead of a register
+        step_tile = to_tile(step + nothing)
+        decay = exp2_tile(times_tile(step_tile, a2))
+        after = before[i]
+        if i == 0:
+            after = load_kept(scratch.index(trip + zero), TILE, WHOLE)
+        adjoint = times_tile(adjoint, decay)
+        flow = times_tile(adjoint, after)
+        a_sum = times_plus_tile(step_tile, flow, a_sum)
+        du_t = step * along_b
+        if HAS_SKIP:
+            du_t = du_t + skip_e * g
+            skip_sum = skip_sum + g * u_t
+        dd_t = sum_states(flow, a2) * LN2 + u_t * along_b
+        if SOFTPLUS:
+            dd_t = dd_t * sigmoid(biased(landed(ds[i], delta), bias_e, HAS_BIAS))
+        dd_t = gl.where(seen, dd_t, 0.0)
+        bias_sum = bias_sum + dd_t
+        emit(du_t, du_left, du, du_at, row, channels, mask)
+        emit(dd_t, dd_left, ddelta, dd_at, row, channels, mask)
+        if i > 0:
+            late_rows = behind(rows, dd_t, zero)
+    shares.store(gl.convert_layout(joined(boths), TRIP))
+    both = gl.sum(gl.reshape(shares.load(JOINED), [WARPS, 32, UNROLL]), 0)
+    both = gl.convert_layout(both, JOINED)
+    place = dbc_at + token_row.to(gl.int64) * dbc_step
+    place = place.to(gl.pointer_type(gl.float32), bitcast=True)
+    kept_token = base + own_token < stop
+    gl.store(place, both, mask=pair_mask & kept_token)
+    return adjoint, after, following, (a_sum, bias_sum, skip_sum)
 
 
 @gluon.jit
@@ -101,14 +268,12 @@ def scan_work(
 ):
     """One sequence or segment of one direction; its share of dA, dbias and dD is added to ``sums``.
 
-    A function because the compiler goes through a loop twice, to find out what changes, and through the innermost of
-    three eight times; through a function once.
+    A function, like the trips in it, because the compiler goes through a loop twice, to find out what changes, and
+    through the innermost of three eight times; through a function once.
     """
     k64, direction, block, group, inside, origin = block_place
     channel, lane, ev, ev_mask, state, state_mask, of_c, own_token, pair, pair_mask, last_column = lanes
-    scratch, shares = tiles
-    a2, bias_e, skip_e = of_channels
-    a_sum, bias_sum, skip_sum = sums
+    scratch, _ = tiles
     grad, grad_last, saved, carry, u, delta, b, c, skip, z, bias = inputs
     orders, initial, lengths, first_steps, borders = tables
     du, ddelta, dz, dbc, dinitial = results
@@ -129,11 +294,6 @@ def scan_work(
     GROUPS: gl.constexpr = CHANNELS // GROUP_CHANNELS
     LIMITED: gl.constexpr = lengths is not None
     TILE: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
-    WHOLE: gl.constexpr = gl.BlockedLayout([4, 1, 4], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
-    # dB and dC of a trip, of every warp; then each warp joins those of some of its tokens
-    TRIP: gl.constexpr = gl.BlockedLayout([1, UNROLL], [32, 1], [WARPS, 1], [1, 0])
-    JOINED: gl.constexpr = gl.BlockedLayout([1, UNROLL // WARPS], [32, 1], [1, WARPS], [1, 0])
-    nothing = zero.to(gl.float32)
     zeros = gl.full([LANES, 4], 0.0, gl.float32, TILE)
     order = orders
     if orders is not None:
@@ -178,11 +338,14 @@ def scan_work(
         z_near = z + row_batch * z_b + k64 * z_k + origin * z_e
         z_at, z_step = address(z_near + ev * z_e), byte_count(z, z_l)
         dz_at = address(dz + row_batch * dz_b + k64 * dz_k + origin + ev)
+    early_from = (u, delta, b)
+    early_at = (u_at, u_step, d_at, d_step, b_at, b_step)
     late_from = (grad, c, z, du, ddelta, dz)
     late_at = (g_at, g_step, c_at, c_step, z_at, z_step, du_at, dd_at, dz_at, CHANNELS)
     masks = (ev_mask, state_mask, k64 > 0)
     slot = ((block * batch + row_batch) * direction_programs + direction) * length
     dbc_at = address(dbc + (slot * GROUPS + group) * (2 * STATES) + pair)
+    of_joined = (of_c, own_token, pair_mask, dbc_at, byte_count(dbc, 2 * GROUPS * STATES))
     kept_at = address(saved + (row_batch * kept_b + k64 * kept_k - kept_c + origin))
     low = first // CHUNK + segment * segment_chunks
     high = gl.where(end > first, gl.minimum(low + segment_chunks, gl.cdiv(end, CHUNK)), low)
@@ -191,9 +354,7 @@ def scan_work(
     next_rows = chunk_rows(order, (high - 1) * CHUNK + lane, bottom, top)
     base = gl.maximum((high - 1) * CHUNK, bottom)
     at_rows = of_steps(next_rows, base, top - 1, UNROLL)
-    us = load_steps(u, u_at, at_rows, u_step, ev_mask, limit, LIMITED)
-    ds = load_steps(delta, d_at, at_rows, d_step, ev_mask, limit, LIMITED)
-    bs = load_steps(b, b_at, at_rows, b_step, state_mask, limit, LIMITED)
+    early = load_early(at_rows, masks, early_from, early_at, limit, LIMITED)
     for back in range(high - low):
         chunk = high - 1 - back
         rows = next_rows
@@ -214,133 +375,23 @@ def scan_work(
             more = load_tile(at, own_channel, i_e, i_n, inside, inner == 0, GROUP_CHANNELS, STATES)
             h = (h[0] + more[0], h[1] + more[1], h[2] + more[2], h[3] + more[3])
         for trip in range(trips):
-            base = start + trip * UNROLL
-            store_kept(scratch.index(trip), h, WHOLE)
-            for i in gl.static_range(UNROLL):
-                live = base + i < stop
-                if LIMITED:
-                    live = live & (of_step(rows, gl.minimum(base + i, stop - 1)) < limit)
-                step = activated(biased(landed(ds[i], delta), bias_e, bias is not None), live, SOFTPLUS)
-                fed = to_tile(step * landed(us[i], u))
-                bt = state_row(landed(bs[i], b), zeros)
-                decayed = times_tile(exp2_tile(times_tile(to_tile(step), a2)), h)
-                h = times_plus_tile(fed, (bt, bt, bt, bt), decayed)
-                if i == 2:
-                    # Behind arithmetic, else what that waits for would wait for these loads as well.
-                    next_base = start + gl.minimum(trip + 1, trips - 1) * UNROLL
-                    at_rows = of_steps(behind(rows, gl.sum(h[3], 1), zero), next_base, stop - 1, UNROLL)
-                    next_us = load_steps(u, u_at, at_rows, u_step, ev_mask, limit, LIMITED)
-                    next_ds = load_steps(delta, d_at, at_rows, d_step, ev_mask, limit, LIMITED)
-                    next_bs = load_steps(b, b_at, at_rows, b_step, state_mask, limit, LIMITED)
-            us = next_us
-            ds = next_ds
-            bs = next_bs
+            h, early = walk_forth(
+                trip, trips, start, stop, limit, zero, rows, h, early, scratch, of_channels, masks, early_from,
+                early_at, bias is not None, SOFTPLUS, LIMITED, UNROLL, WARPS,
+            )  # fmt: skip
         after = h
         for trip_back in range(trips):
             trip = trips - 1 - trip_back
             base = start + trip * UNROLL
-            h = load_kept(scratch.index(trip), TILE, WHOLE)
-            # rows of the steps whose dB and dC this warp joins, long before it needs them
-            token_row = gl.minimum(base + own_token, stop - 1)
-            if orders is not None:
-                token_row = gl.load(order + token_row)
-            steps = ()
-            before = ()
-            for i in gl.static_range(UNROLL):
-                live = base + i < stop
-                if LIMITED:
-                    live = live & (of_step(rows, gl.minimum(base + i, stop - 1)) < limit)
-                step = activated(biased(landed(ds[i], delta), bias_e, bias is not None), live, SOFTPLUS)
-                steps = steps + (step,)
-                if i == 1:
-                    lates = (
-                        step_inputs(base + UNROLL - 1, stop, rows, limit, masks, late_from, late_at, LIMITED, ADDS),
-                    )
-                before = before + (h,)
-                if i < UNROLL - 1:
-                    fed = to_tile(step * landed(us[i], u))
-                    bt = state_row(landed(bs[i], b), zeros)
-                    decayed = times_tile(exp2_tile(times_tile(to_tile(step), a2)), h)
-                    h = times_plus_tile(fed, (bt, bt, bt, bt), decayed)
-            # What only the way back needs is loaded while the step behind it is computed.
-            late_rows = rows
-            boths = ()
-            for i in gl.static_range(UNROLL - 1, -1, -1):
-                if i > 0:
-                    late = step_inputs(base + i - 1, stop, late_rows, limit, masks, late_from, late_at, LIMITED, ADDS)
-                    lates = lates + (late,)
-                row, g, ct, z_t, du_left, dd_left, dz_left = lates[UNROLL - 1 - i]  # the last step's came first
-                g = g.to(gl.float32)
-                ct = state_row(ct.to(gl.float32), zeros)
-                live = base + i < stop
-                mask = ev_mask & live
-                seen = live
-                if LIMITED:
-                    seen = live & (row < limit)
-                u_t = landed(us[i], u)
-                step = steps[i]
-                if z is not None:
-                    z_t = z_t.to(gl.float32)
-                    gate = sigmoid(z_t)
-                    y = sum_states(after, (ct, ct, ct, ct))
-                    if skip is not None:
-                        y = y + skip_e * u_t
-                    dz_t = g * y * gate * (1.0 + z_t * (1.0 - gate))
-                    emit(dz_t, dz_left, dz, dz_at, row, CHANNELS, mask)
-                    g = g * z_t * gate
-                g_tile = to_tile(g)
-                adjoint = times_plus_tile(g_tile, (ct, ct, ct, ct), adjoint)
-                db_t = sum_channels(to_tile(step * u_t), adjoint)
-                dc_t = sum_channels(g_tile, after)
-                both = gl.where(of_c, dc_t, db_t) + swapped(gl.where(of_c, db_t, dc_t), 4)
-                boths = (both,) + boths
-                if i == 2:
-                    # The inputs of the trip before, ahead of the first one those of the next chunk's. Here, because
-                    # registers are free again, and behind arithmetic, as in the first walk.
-                    ahead_rows = behind(gl.where(trip > 0, rows, next_rows), both, zero)
-                    ahead = gl.where(trip > 0, base - UNROLL, gl.maximum((chunk - 1) * CHUNK, bottom))
-                    at_rows = of_steps(ahead_rows, ahead, stop - 1, UNROLL)
-                    next_us = load_steps(u, u_at, at_rows, u_step, ev_mask, limit, LIMITED)
-                    next_ds = load_steps(delta, d_at, at_rows, d_step, ev_mask, limit, LIMITED)
-                    next_bs = load_steps(b, b_at, at_rows, b_step, state_mask, limit, LIMITED)
-                bt = state_row(landed(bs[i], b), zeros)
-                along_b = sum_states(adjoint, (bt, bt, bt, bt))
-                # `nothing` is zero, but unknown: a second exponential instead of a register
-                step_tile = to_tile(step + nothing)
-                decay = exp2_tile(times_tile(step_tile, a2))
-                after = before[i]
-                if i == 0:
-                    after = load_kept(scratch.index(trip + zero), TILE, WHOLE)
-                adjoint = times_tile(adjoint, decay)
-                flow = times_tile(adjoint, after)
-                a_sum = times_plus_tile(step_tile, flow, a_sum)
-                du_t = step * along_b
-                if skip is not None:
-                    du_t = du_t + skip_e * g
-                    skip_sum = skip_sum + g * u_t
-                dd_t = sum_states(flow, a2) * LN2 + u_t * along_b
-                if SOFTPLUS:
-                    dd_t = dd_t * sigmoid(biased(landed(ds[i], delta), bias_e, bias is not None))
-                dd_t = gl.where(seen, dd_t, 0.0)
-                bias_sum = bias_sum + dd_t
-                emit(du_t, du_left, du, du_at, row, CHANNELS, mask)
-                emit(dd_t, dd_left, ddelta, dd_at, row, CHANNELS, mask)
-                if i > 0:
-                    late_rows = behind(rows, dd_t, zero)
-            us = next_us
-            ds = next_ds
-            bs = next_bs
-            shares.store(gl.convert_layout(joined(boths), TRIP))
-            both = gl.sum(gl.reshape(shares.load(JOINED), [WARPS, 32, UNROLL]), 0)
-            both = gl.convert_layout(both, JOINED)
-            place = dbc_at + token_row.to(gl.int64) * byte_count(dbc, 2 * GROUPS * STATES)
-            place = place.to(gl.pointer_type(gl.float32), bitcast=True)
-            kept_token = base + own_token < stop
-            gl.store(place, both, mask=pair_mask & kept_token)
+            adjoint, after, early, sums = walk_back(
+                trip, base, chunk, bottom, stop, limit, zero, order, rows, next_rows, adjoint, after, early, sums,
+                tiles, of_channels, masks, early_from, early_at, late_from, late_at, of_joined, bias is not None,
+                skip is not None, SOFTPLUS, LIMITED, ADDS, CHUNK, UNROLL, WARPS,
+            )  # fmt: skip
     if dinitial is not None:
         at = dinitial + (sk * CHANNELS + origin) * STATES
         store_tile(adjoint, at, channel, STATES, 1, inside, segment == 0, GROUP_CHANNELS, STATES)
-    return a_sum, bias_sum, skip_sum
+    return sums
 
 
 @gluon.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=TABLES)

@@ -1,4 +1,4 @@
-"""What the Gluon kernels share: where the elements of a tile live, exchanges between lanes, addresses.
+"""What the Gluon kernels share: where the elements of a tile live, exchanges between lanes, addresses, loads.
 
 Every lane of a warp has a channel of its own for whatever is computed per channel. A lane is (s, l), s = lane / 8 and
 l = lane % 8. Of the tile of 32 channels x 16 states of its warp it holds four tensors of four:
@@ -330,3 +330,42 @@ def chunk_rows(order, steps, bottom, top):
     if order is not None:
         steps = gl.load(order + steps)
     return steps
+
+
+@gluon.jit
+def step_inputs(step, stop, rows, limit, masks, tensors, places, LIMITED: gl.constexpr, ADDS: gl.constexpr):
+    """What only the way back needs of a step: its row, gradient, C and z, and what earlier directions left there."""
+    grad, c, z, du, ddelta, dz = tensors
+    g_at, g_step, c_at, c_step, z_at, z_step, du_at, dd_at, dz_at, channels = places
+    ev_mask, state_mask, later_direction = masks
+    row = of_step(rows, gl.minimum(step, stop - 1))
+    live = step < stop
+    e_mask = ev_mask
+    n_mask = state_mask
+    if LIMITED:
+        live = live & (row < limit)
+        e_mask = ev_mask & live
+        n_mask = state_mask & live
+    g = gl.load(in_row(grad, g_at, row, g_step), mask=ev_mask & live, other=0.0)
+    ct = gl.load(in_row(c, c_at, row, c_step), mask=n_mask, other=0.0)
+    z_t = 0.0
+    added = ev_mask & live & later_direction
+    dz_left = 0.0
+    if z is not None:
+        z_t = gl.load(in_row(z, z_at, row, z_step), mask=e_mask, other=0.0)
+        dz_left = earlier(dz, dz_at, row, channels, added, ADDS[2])
+    du_left = earlier(du, du_at, row, channels, added, ADDS[0])
+    dd_left = earlier(ddelta, dd_at, row, channels, added, ADDS[1])
+    return row, g, ct, z_t, du_left, dd_left, dz_left
+
+
+@gluon.jit
+def load_early(at_rows, masks, early_from, early_at, limit, LIMITED: gl.constexpr):
+    """u, delta and B of the steps of a trip, which both walks read."""
+    u, delta, b = early_from
+    u_at, u_step, d_at, d_step, b_at, b_step = early_at
+    ev_mask, state_mask, _later_direction = masks
+    us = load_steps(u, u_at, at_rows, u_step, ev_mask, limit, LIMITED)
+    ds = load_steps(delta, d_at, at_rows, d_step, ev_mask, limit, LIMITED)
+    bs = load_steps(b, b_at, at_rows, b_step, state_mask, limit, LIMITED)
+    return us, ds, bs
