@@ -21,6 +21,16 @@ from genssm.kernels.arguments import outer_directions
 TABLES = ("orders", "lengths", "first_steps", "borders")
 
 
+def cdiv(n: int, size: int) -> int:
+    """How many pieces of ``size`` cover n. Triton's own serves kernels as well, and takes microseconds on the host."""
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def refuse_double(op: str, *tensors: Tensor | None) -> None:
     """Raise ValueError for float64 tensors."""
     if any(x is not None and x.dtype == torch.float64 for x in tensors):

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genssm.kernels.triton_launch import named, processors
+from genssm.kernels.triton_launch import named, next_power_of_2, processors
 
 _LARGEST = 16384  # channels that a program can hold
 _AHEAD, _BUFFERS = 2, 32 * 1024  # tokens to fetch ahead, and the bytes that they may take
@@ -54,7 +54,7 @@ def row_arguments(op: str, channels: int, rows: dict[str, Tensor | None], factor
         "factor": factor,
         "D": channels,
         "ALIGNED": channels % 8 == 0 and all(stride % 8 == 0 for pair in strides.values() for stride in pair),
-        "BLOCK": triton.next_power_of_2(channels),
+        "BLOCK": next_power_of_2(channels),
     }
     for name, pair in {**strides, "factor": _strides(factor)}.items():
         arguments.update(named(name, "bl", pair))

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genssm.kernels.arguments import empty_gradient
-from genssm.kernels.triton_launch import launch, named
+from genssm.kernels.triton_launch import cdiv, launch, named
 
 _PAIRS = 512  # of dB and dC, in a program
 _MANY_PAIRS = 2**30  # whose offsets need 64 bits
@@ -35,7 +35,7 @@ def sum_maps(slots: Tensor, first_direction: int, dB: Tensor, dC: Tensor) -> Non
     if rows * row:
         launch(
             sum_maps_kernel,
-            (triton.cdiv(rows * row, _PAIRS),),
+            (cdiv(rows * row, _PAIRS),),
             slots=slots,
             db=dB,
             dc=dC,
@@ -76,7 +76,7 @@ def sum_parameters(
     if channels:
         launch(
             sum_parameters_kernel,
-            (triton.cdiv(channels, _CHANNELS), triton.cdiv(states, _STATES) + len(vectors), max(own)),
+            (cdiv(channels, _CHANNELS), cdiv(states, _STATES) + len(vectors), max(own)),
             matrices=matrices,
             vectors_0=vectors[0],
             vectors_1=vectors[1],

@@ -6,16 +6,17 @@ go to a slot per program and are added afterwards, so two runs give the same bit
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from genssm.kernels.arguments import empty_directions, empty_gradient
 from genssm.kernels.causal_conv1d.triton_walks import conv_backward_kernel, conv_forward_kernel
 from genssm.kernels.triton_launch import (
+    cdiv,
     device_of,
     first_steps,
     launch,
     named,
+    next_power_of_2,
     processors,
     refuse_double,
     register_limit,
@@ -126,13 +127,13 @@ def _arguments(
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     taps = weight.shape[-1]
-    block_e = min(_BLOCK_E, triton.next_power_of_2(channels))
-    blocks = triton.cdiv(channels, block_e)
+    block_e = min(_BLOCK_E, next_power_of_2(channels))
+    blocks = cdiv(channels, block_e)
     blocks *= K // turns
-    wanted = triton.cdiv(_WANTED * processors(x.device), max(1, blocks * batch))
+    wanted = cdiv(_WANTED * processors(x.device), max(1, blocks * batch))
     unroll = _UNROLL if turns == 1 else _UNROLL // 2  # the sums so far take registers as well
-    stretch = triton.cdiv(max(triton.cdiv(length, wanted), _SHORTEST), unroll) * unroll
-    time_programs = triton.cdiv(length, stretch)
+    stretch = cdiv(max(cdiv(length, wanted), _SHORTEST), unroll) * unroll
+    time_programs = cdiv(length, stretch)
     step_programs = batch * time_programs
     sequence_of_row = None
     if cu_seqlens is not None:
@@ -161,7 +162,7 @@ def _arguments(
         "SILU": silu,
         "ALIGNED": all(x_.stride(d) % 8 == 0 for x_ in per_token for d in (0, 1)),
         "W": taps,
-        "COLUMNS": triton.next_power_of_2(max(taps - 1, 1)),
+        "COLUMNS": next_power_of_2(max(taps - 1, 1)),
         "UNROLL": unroll,
         "BLOCK_E": block_e,
         **_OPTIONS,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genssm.kernels.triton_launch import device_of, launch, refuse_double
+from genssm.kernels.triton_launch import cdiv, device_of, launch, next_power_of_2, refuse_double
 
 _NAME = "draw_token"
 _COLUMNS = 128
@@ -62,7 +62,7 @@ def draw_triton(
     if not (codes.is_contiguous() and previous.is_contiguous()):
         raise ValueError(f"{_NAME}: codes and previous are written in place and must be contiguous")
     (images, tokens), vocabulary = codes.shape, logits.shape[1]
-    rows = max(2, triton.next_power_of_2(triton.cdiv(vocabulary, _COLUMNS)))
+    rows = max(2, next_power_of_2(cdiv(vocabulary, _COLUMNS)))
     with device_of(logits):
         launch(
             draw_kernel, (images,),

@@ -5,12 +5,11 @@ pieces decides between at most five binaries; lengths and batch sizes are not in
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from genssm.kernels.isolated_scans.op import CHANNELS, PIECES
 from genssm.kernels.isolated_scans.triton_kernels import project_kernel, walk_kernel
-from genssm.kernels.triton_launch import device_of, launch, refuse_double
+from genssm.kernels.triton_launch import cdiv, device_of, launch, next_power_of_2, refuse_double
 
 _NAME = "isolated_scans"
 _LANES = 32
@@ -55,21 +54,21 @@ def scans_triton(
     out = x.new_empty(batch, length, channels)
     if not batch:
         return out
-    segments = 1 if length <= _SHORT else pieces // triton.next_power_of_2(directions)
+    segments = 1 if length <= _SHORT else pieces // next_power_of_2(directions)
     unroll = unroll or (_UNROLL if segments > 1 else _UNROLL_SHORT)
     stretch = stretch or (_STRETCH if segments > 1 else _STRETCH_SHORT)
-    span = triton.cdiv(triton.cdiv(length, segments), unroll) * unroll
-    padded = triton.cdiv(span * segments, stretch) * stretch
+    span = cdiv(cdiv(length, segments), unroll) * unroll
+    padded = cdiv(span * segments, stretch) * stretch
     groups = _LANES // channels_each
-    lane_states = 2 * triton.next_power_of_2(triton.cdiv(states, 2 * groups))
+    lane_states = 2 * next_power_of_2(cdiv(states, 2 * groups))
     row = 2 * groups * lane_states
-    block_e = triton.next_power_of_2(channels)
+    block_e = next_power_of_2(channels)
     columns = columns or max(4, _COLUMNS * _COLUMN // max(_COLUMN, block_e))
     shape = (batch, directions, padded)
     inputs, steps = x.new_empty(*shape, channels), x.new_empty(*shape, channels, dtype=torch.float32)
     maps = x.new_empty(*shape, row, dtype=torch.float32)
     partial = x.new_empty(batch, directions, length, channels, dtype=torch.float32)
-    blocks = triton.cdiv(channels, channels_each)
+    blocks = cdiv(channels, channels_each)
     tile = (lane_states + 1) * pieces * _LANES
     carry = x.new_empty(batch * blocks, tile, dtype=torch.float32) if segments > 1 else None
     tiles = padded // stretch
@@ -80,8 +79,8 @@ def scans_triton(
             x=x, orders=orders, taps=conv_weight, bias=conv_bias, x_proj=x_proj, dt_proj=dt_proj, dt_bias=dt_bias,
             inputs=inputs, steps=steps, maps=maps, x_b=x.stride(0), x_l=x.stride(1), x_e=x.stride(2), length=length,
             padded=padded, directions=directions, tiles=tiles, CHANNELS=channels, STATES=states, RANK=rank,
-            W=conv_weight.shape[-1], ROW=row, COLUMNS=columns, RANKS=triton.next_power_of_2(rank),
-            TAPS=triton.next_power_of_2(conv_weight.shape[-1]), ALIGNED=x.stride(0) % 8 == 0, BLOCK_L=stretch,
+            W=conv_weight.shape[-1], ROW=row, COLUMNS=columns, RANKS=next_power_of_2(rank),
+            TAPS=next_power_of_2(conv_weight.shape[-1]), ALIGNED=x.stride(0) % 8 == 0, BLOCK_L=stretch,
             BLOCK_E=block_e, num_warps=1, num_stages=1,
         )  # fmt: skip
         launch(

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genssm.kernels.selective_scan.triton_tiles import sigmoid, softplus
-from genssm.kernels.triton_launch import device_of, launch, refuse_double
+from genssm.kernels.triton_launch import cdiv, device_of, launch, next_power_of_2, refuse_double
 
 _NAME = "mamba2_step"
 # Heads of all rows up to which one launch takes less time than two. More of them fill the device several times over:
@@ -163,14 +163,14 @@ def step_triton(
     convolution = {
         "projected": projected, "windows": conv_windows, "turns": conv_turns, "weight": conv_weight.contiguous(),
         "bias": conv_bias, "mapped": mapped, "p_b": projected.stride(0), "INNER": inner, "MAPS": maps,
-        "W": conv_weight.shape[-1], "BLOCK_W": triton.next_power_of_2(conv_weight.shape[-1]),
+        "W": conv_weight.shape[-1], "BLOCK_W": next_power_of_2(conv_weight.shape[-1]),
     }  # fmt: skip
     with device_of(projected):
         if not few:
-            grid = (triton.cdiv(inner + 2 * maps, _CONV_BLOCK), batch)
+            grid = (cdiv(inner + 2 * maps, _CONV_BLOCK), batch)
             launch(conv_kernel, grid, **convolution, BLOCK=_CONV_BLOCK, num_warps=4)
         launch(
-            step_kernel, (triton.cdiv(width, block_p), heads, batch),
+            step_kernel, (cdiv(width, block_p), heads, batch),
             **convolution, state=ssm_state, a_log=A_log, skip=D, dt_bias=dt_bias, y=y, y_b=y.stride(0),
             per_group=heads // ngroups, width=width, states=states,
             BLOCK_P=block_p, BLOCK_N=block_n, num_warps=warps,
@@ -184,6 +184,6 @@ def tile(width: int, states: int, numbers: int) -> tuple[int, int, int]:
     A tile has at least as many elements as its warps have threads: where two threads held the same element, one could
     store the new state before the other has loaded the old one.
     """
-    block_n = max(16, triton.next_power_of_2(states))
-    block_p = max(4, min(triton.next_power_of_2(width), numbers // block_n))
+    block_n = max(16, next_power_of_2(states))
+    block_p = max(4, min(next_power_of_2(width), numbers // block_n))
     return block_p, block_n, max(1, block_p * block_n // _OF_A_WARP)
