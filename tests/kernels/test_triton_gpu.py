@@ -1,10 +1,16 @@
 """The Triton kernels on a device, beyond what the tests of the ops already ask of every backend."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
 
+from genssm.kernels import ahead
 from genssm.kernels.causal_conv1d import causal_conv1d
 from genssm.kernels.selective_scan import selective_scan
 from genssm.kernels.ssd import ssd
@@ -72,14 +78,22 @@ def test_few_tokens_of_many_sequences(length: int) -> None:
 
 @pytest.mark.parametrize("segments", [2, 3, 7])
 @pytest.mark.parametrize("order", [None, "random"])
-def test_segments(segments: int, order: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("directions", [1, 2])
+def test_segments(segments: int, order: str | None, directions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from genssm.kernels.selective_scan import triton_scan
 
+    found = []
     for name in ("_forward_split", "_split"):
         split = getattr(triton_scan, name)
-        monkeypatch.setattr(triton_scan, name, lambda *given, of=split: of(*given[:5], segments, *given[6:]))
-    case = Case(length=300, channels=70, states=16, directions=2, order=order, own="u", initial=True)
+
+        def pieces(*given, split: Callable = split, place: int = list(signature(split).parameters).index("segments")):
+            found.append(split(*given[:place], segments, *given[place + 1 :]))
+            return found[-1]
+
+        monkeypatch.setattr(triton_scan, name, pieces)
+    case = Case(length=300, channels=70, states=16, directions=directions, order=order, own="u", initial=True)
     check_parity(selective_scan, scan_problem, case, "triton", "cuda")
+    assert all(plan.segments > 1 for plan in found)
 
 
 @pytest.mark.parametrize("states", [1, 5, 16, 64, 128, 256])
@@ -172,6 +186,43 @@ def test_nothing_is_compiled_again_for_other_lengths_and_batches(
     for batch, length in ((1, 1), (1, 48), (4, 1), (3, 5), (16, 64), (5, 333)):
         scan(batch, length)
     assert compiled() == before
+
+
+FIRST_STEP = """
+import threading
+import torch
+from triton import knobs
+from genssm.kernels.causal_conv1d import causal_conv1d
+from genssm.kernels.selective_scan import selective_scan
+
+found = []
+knobs.compilation.listener = lambda *, src, **more: found.append((src.name, threading.current_thread().name))
+u, delta, z = (torch.randn(2, 300, 96, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+B, C = (torch.randn(2, 300, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+A, D = (torch.rand(96, 16, device="cuda") - 2).requires_grad_(), torch.ones(96, device="cuda", requires_grad=True)
+taps = torch.randn(96, 4, device="cuda", requires_grad=True)
+y = selective_scan(causal_conv1d(u, taps, activation="silu"), delta, A, B, C, D, z, delta_softplus=True)
+for thread in threading.enumerate():
+    if thread.name.startswith("ahead of"):
+        thread.join()
+before = len(found)
+y.backward(torch.ones_like(y))
+torch.cuda.synchronize()
+assert all(x.grad.isfinite().all() for x in (u, delta, z, A, B, C, D, taps))
+print(before, len(found), *(name for name, thread in found if thread.startswith("ahead of")))
+"""
+
+
+@pytest.mark.skipif(not ahead._PARSES_IN_THREADS, reason="nothing is compiled ahead on this Python")
+@pytest.mark.skipif(torch.version.hip is not None, reason="nothing is compiled ahead for this device")
+def test_the_first_backward_compiles_nothing(tmp_path: Path) -> None:
+    """The forward's threads have done it, with an empty cache."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", FIRST_STEP], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    before, after, *names = run.stdout.split()
+    assert before == after
+    assert {"conv_backward_kernel", "sum_parameters_kernel", "sum_maps_kernel"} <= set(names), names
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
