@@ -69,6 +69,7 @@ def i3d_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Functions of a user, in the current folder."""
     (tmp_path / "own_clips.py").write_text(MODULE)
+    sys.modules.pop("own_clips", None)  # of the test before, whose file is gone
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
 
