@@ -161,7 +161,7 @@ def walk_back(
             live = live & (of_step(rows, gl.minimum(base + i, stop - 1)) < limit)
         step = activated(biased(landed(ds[i], delta), bias_e, HAS_BIAS), live, SOFTPLUS)
         steps = steps + (step,)
-        if i == 1:
+        if i == 0:
             lates = (step_inputs(base + UNROLL - 1, stop, rows, limit, masks, late_from, late_at, LIMITED, ADDS),)
         before = before + (h,)
         if i < UNROLL - 1:
