@@ -46,6 +46,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[], PretendCuda]:
     """Lets accelerate take the GPU that is not there, and what asks its driver answer."""
 
     def enter() -> PretendCuda:
+        forget_processes()  # a test before may have left them on the CPU
         monkeypatch.setattr(PartialState, "default_device", property(lambda self: CUDA))
         monkeypatch.setattr(train, "means_cpu", lambda: False)
         monkeypatch.setattr(train, "device_name", str)
