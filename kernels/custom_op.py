@@ -48,12 +48,14 @@ class CustomOp:
             setup_context(ctx, args, output)
             return output
 
+        later = _autograd_function(name, forward, backward)
+
         def first_forward(ctx, *args):
             ahead(args, ctx.needs_input_grad)
             return forward(ctx, *args)
 
         def first_backward(ctx, *gradients):
-            self.differentiable = _autograd_function(name, forward, backward)
+            self.differentiable = later  # what is compiled by now, nobody has to compile ahead
             return backward(ctx, *gradients)
 
         self.differentiable = _autograd_function(name, first_forward, first_backward)

@@ -126,6 +126,7 @@ def sum_maps_kernel(
     start = tl.program_id(0)
     if WIDE:
         start = start.to(tl.int64)
+        rows = rows.to(tl.int64)
     start = start * PAIRS
     place = 2 * start + tl.arange(0, 2 * PAIRS)
     inside = place < rows * (2 * ROW)
