@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from genssm.kernels.custom_op import custom_op
-from genssm.kernels.triton_launch import processors
+from genssm.kernels.triton_launch import next_power_of_2, processors
 
 PIECES = 16  # directions, each split in time, that a program of the walk takes at once
 CHANNELS = 4  # of such a program
@@ -50,7 +50,7 @@ def fits(x: Tensor, parameters: tuple[Tensor | None, ...], directions: int, stat
     batch, length, channels = x.shape
     if length > TOKENS or directions > PIECES or states > STATES:
         return False
-    if (1 << (channels - 1).bit_length()) * max(8, 1 << (rank - 1).bit_length()) > WEIGHTS:
+    if next_power_of_2(channels) * max(8, next_power_of_2(rank)) > WEIGHTS:
         return False
     return batch * -(-channels // CHANNELS) <= _ENOUGH * _processors(x.device.type, x.device.index or 0)
 

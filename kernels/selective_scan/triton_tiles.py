@@ -19,6 +19,8 @@ import dataclasses
 import triton
 import triton.language as tl
 
+from genssm.kernels.triton_launch import next_power_of_2
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LANES = 32
@@ -43,7 +45,7 @@ class Tile:
 
 def forward_tile(channels: int, states: int, block_e: int | None = None, state_lanes: int | None = None) -> Tile:
     """Up to 32 states in a lane, so that most sums over states need no shuffle; two channels where that wastes none."""
-    padded = _power_of_two(states)
+    padded = next_power_of_2(states)
     if block_e is None and padded <= 16 and channels % (2 * LANES) == 0:
         block_e = 2 * LANES
     return _tile(padded, state_lanes or max(1, padded // 32), block_e)
@@ -51,14 +53,10 @@ def forward_tile(channels: int, states: int, block_e: int | None = None, state_l
 
 def backward_tile(states: int, block_e: int | None = None, state_lanes: int | None = None) -> Tile:
     """About 16 elements in a lane, split so that the sums over states and over channels share the shuffles."""
-    padded = _power_of_two(states)
+    padded = next_power_of_2(states)
     lanes = state_lanes or min(padded, 4 if padded <= 32 else 8 if padded <= 64 else 16)
     channels_per_lane = 1 if padded == 1 else min(4, max(1, 16 * lanes // padded))
     return _tile(padded, lanes, block_e or channels_per_lane * (LANES // lanes))
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def _tile(padded_states: int, state_lanes: int, block_e: int | None) -> Tile:

@@ -18,6 +18,7 @@ from genssm.kernels.triton_launch import (
     first_steps,
     launch,
     named,
+    next_power_of_2,
     processors,
     refuse_double,
     register_limit,
@@ -44,7 +45,7 @@ class Tile:
 
 def chunk_steps(states: int, half: bool) -> int:
     """Steps of a chunk: 64, fewer where the rows of B and C would leave no room for the rest."""
-    states = _power_of_two(states) * (1 if half else 2)
+    states = next_power_of_2(states) * (1 if half else 2)
     return 64 if states <= (128 if half else 64) else 32 if states <= 256 else 16
 
 
@@ -367,8 +368,8 @@ def _tile(states: int, width: int, half: bool, widest: int, room: int) -> Tile:
 
     16 is the least that a matrix product takes.
     """
-    padded = max(16, _power_of_two(states))
-    block = max(16, min(widest, _power_of_two(width), room // (padded * (2 if half else 4))))
+    padded = max(16, next_power_of_2(states))
+    block = max(16, min(widest, next_power_of_2(width), room // (padded * (2 if half else 4))))
     return Tile(chunk_steps(states, half), padded, block)
 
 
@@ -422,7 +423,3 @@ def _dense(x: Tensor | None) -> Tensor | None:
 def _aligned(*tensors: Tensor | None) -> bool:
     """Whether every row can start a 16-byte load; a matter of its own stride, whatever the length and the batch."""
     return all(stride % 8 == 0 for x in tensors if x is not None for stride in x.stride()[:4])
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
