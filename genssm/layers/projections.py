@@ -17,6 +17,9 @@ from genssm.kernels import dispatch
 from genssm.kernels.custom_op import batched, watched
 from genssm.layers.modulation import product_dtype
 
+# Whether CUDA's products of half precisions can have a result in float32.
+_WIDENS = torch.version.cuda is not None and "dtype" in torch.ops.aten.mm.overloads()
+
 # B batch, K directions, L tokens, E channels, R dt_rank, N d_state, S sets of weights (1 or K), M = K B L / S rows each
 
 
@@ -49,7 +52,7 @@ def _is_product(module: nn.Module) -> bool:
 def halves(linear: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The two halves of ``linear(x)`` along its last dimension."""
     if torch.is_grad_enabled() and bare(x, linear):
-        return _Halves.apply(*_for_product(x, linear.weight))
+        return _Halves.apply(_for_product(x), linear.weight)
     return linear(x).chunk(2, dim=-1)
 
 
@@ -70,7 +73,7 @@ def steps_and_maps(
     several = len(x_projs) > 1
     if (several or torch.is_grad_enabled()) and bare(x, *x_projs, *dt_projs):
         weights = (module.weight for module in (*x_projs, *dt_projs))
-        return _StepsAndMaps.apply(sizes, *_for_product(x, *weights))
+        return _StepsAndMaps.apply(sizes, _for_product(x), *weights)
     return _one_by_one(x, x_projs, dt_projs, sizes)
 
 
@@ -94,10 +97,24 @@ def _outermost(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(0, 1) if x.dim() == 4 else x
 
 
-def _for_product(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Tensors in the type that autocast gives to a matrix product of them."""
-    dtype = product_dtype(tensors[0])
-    return tensors if dtype is None else tuple(x.to(dtype) for x in tensors)
+def _for_product(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in the type that autocast gives to a matrix product."""
+    return x.to(product_dtype(x) or x.dtype)
+
+
+def _weight_gradient(
+    grad: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """grad^T x, for rows (M, F) and (M, E), in the type of the weight: under autocast a wider one than theirs.
+
+    Where the device can, it comes from the product's own sums, without being rounded to the narrow type before.
+    """
+    if dtype == grad.dtype:
+        return torch.mm(grad.t(), x, out=out)
+    if _WIDENS and grad.is_cuda and dtype == torch.float32:
+        return torch.mm(grad.t(), x, out_dtype=dtype) if out is None else torch.mm(grad.t(), x, dtype, out=out)
+    rounded = torch.mm(grad.t(), x)
+    return rounded.to(dtype) if out is None else out.copy_(rounded)
 
 
 def _differentiated(function: Callable, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> tuple:
@@ -123,6 +140,7 @@ def _in_words(x: torch.Tensor) -> bool:
 class _Halves(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
+        ctx.dtype, weight = weight.dtype, _for_product(weight)
         ctx.save_for_backward(x, weight)
         return F.linear(x, weight).chunk(2, dim=-1)
 
@@ -131,17 +149,18 @@ class _Halves(torch.autograd.Function):
     def backward(ctx, *grads):
         x, weight = ctx.saved_tensors
         if batched():
-            return _differentiated(lambda x, w: F.linear(x, w).chunk(2, dim=-1), (x, weight), grads)
+            dx, dweight = _differentiated(lambda x, w: F.linear(x, w).chunk(2, dim=-1), (x, weight), grads)
+            return dx, dweight.to(ctx.dtype)
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # (M, E) each
         dx = dweight = None
         if ctx.needs_input_grad[0]:
             first, second = weight.chunk(2)
             dx = torch.mm(grads[0], first).addmm_(grads[1], second).view(x.shape)
         if ctx.needs_input_grad[1]:
-            dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            dweight = torch.empty_like(weight, dtype=ctx.dtype, memory_format=torch.contiguous_format)
             rows = x.reshape(-1, x.shape[-1])
             for grad, part in zip(grads, dweight.chunk(2)):
-                torch.mm(grad.t(), rows, out=part)
+                _weight_gradient(grad, rows, ctx.dtype, out=part)
         return dx, dweight
 
 
@@ -149,6 +168,7 @@ class _StepsAndMaps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sizes, x, *weights):
         sets, outer = len(weights) // 2, _outermost(x)
+        ctx.dtypes, weights = [weight.dtype for weight in weights], [_for_product(weight) for weight in weights]
         rows = outer.reshape(sets, -1, x.shape[-1])  # (S, M, E)
         mapped = x.new_empty(sets, rows.shape[1], sum(sizes))
         delta = torch.empty_like(rows, memory_format=torch.contiguous_format)
@@ -173,7 +193,8 @@ class _StepsAndMaps(torch.autograd.Function):
                 u, *found = _one_by_one(x, projs[:sets], projs[sets:], ctx.sizes)
                 return u.view_as(u), *found
 
-            return None, *_differentiated(again, (x, *weights), (du, ddelta, *dmaps))
+            dx, *found = _differentiated(again, (x, *weights), (du, ddelta, *dmaps))
+            return None, dx, *(grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes))
         x, du, ddelta, *dmaps = (_outermost(t).reshape(sets, mapped.shape[1], -1) for t in (x, du, ddelta, *dmaps))
         du, dmapped = du.contiguous(), torch.empty_like(mapped)
         for part, grad in zip(dmapped.split(ctx.sizes, dim=-1)[1:], dmaps):
@@ -182,8 +203,8 @@ class _StepsAndMaps(torch.autograd.Function):
         needed, of_x, of_dt = ctx.needs_input_grad, [], []
         for s in range(sets):
             torch.mm(ddelta[s], weights[sets + s], out=ddt[s])
-            of_x.append(torch.mm(dmapped[s].t(), x[s]) if needed[2 + s] else None)
-            of_dt.append(torch.mm(ddelta[s].t(), dt[s]) if needed[2 + sets + s] else None)
+            of_x.append(_weight_gradient(dmapped[s], x[s], ctx.dtypes[s]) if needed[2 + s] else None)
+            of_dt.append(_weight_gradient(ddelta[s], dt[s], ctx.dtypes[sets + s]) if needed[2 + sets + s] else None)
             if needed[1]:
                 du[s].addmm_(dmapped[s], weights[s])
         return None, _outermost(du.view(outer.shape)) if needed[1] else None, *of_x, *of_dt

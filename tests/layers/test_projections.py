@@ -145,6 +145,33 @@ def test_halves(autocast: bool) -> None:
         torch.testing.assert_close(a, b, rtol=2e-2 if autocast else 1e-5, atol=3e-2 if autocast else 1e-5)
 
 
+def test_gradients_of_weights_under_autocast(device: torch.device) -> None:
+    """In the type of the weights, as sums of products of what autocast rounded; a GPU does not round them again."""
+    torch.manual_seed(0)
+    rows, mixer = torch.randn(2, 64, 16, device=device).bfloat16(), Mamba(16, dt_rank=8).to(device)
+    widened = device.type == "cuda" and projections._WIDENS
+    e, r, n = 32, 8, 16
+    given = [torch.randn(2, 64, width, device=device).bfloat16() for width in (e, e, e, e, n, n)]
+    u = torch.randn(2, 64, e, device=device).bfloat16().requires_grad_()
+    with torch.autocast(device.type, torch.bfloat16):
+        dweight = torch.autograd.grad(halves(mixer.in_proj, rows), mixer.in_proj.weight, given[:2])[0]
+        found = steps_and_maps(u, [mixer.x_proj], [mixer.dt_proj], (r, n, n))
+        weights = (mixer.x_proj.weight, mixer.dt_proj.weight)
+        of_x, of_dt = torch.autograd.grad(found, weights, [x.clone() for x in given[2:]])
+        ddt = given[3] @ mixer.dt_proj.weight
+        dt = u @ mixer.x_proj.weight[:r].t()
+    for got, grad, x in (
+        (dweight, torch.cat(given[:2], -1), rows),
+        (of_x, torch.cat([ddt, *given[4:]], -1), u.detach()),
+        (of_dt, given[3], dt.detach()),
+    ):
+        expected = grad.flatten(0, 1).float().t() @ x.flatten(0, 1).float()
+        assert got.dtype == torch.float32
+        error = (got - expected).norm() / expected.norm()
+        assert error < (1e-4 if widened else 5e-3)
+        assert torch.equal(got, got.bfloat16().float()) == (not widened)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_batched_gradients_are_those_one_by_one(bidirectional: bool) -> None:
