@@ -197,7 +197,21 @@ def attempt(figure: Callable[[], float | None]) -> float | None:
 
 
 def milliseconds(run: Callable[[], None], device: torch.device) -> float:
-    """Best time of one call on the CPU, median on an accelerator; of calls that take long, the second."""
+    """Best time of one call on the CPU, median on an accelerator; of calls that take long, the second.
+
+    As in `timeit`, Python collects no garbage meanwhile: behind a compiler that takes a second, and falls on any call.
+    """
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return _milliseconds(run, device)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _milliseconds(run: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         from triton.testing import do_bench
 

@@ -318,7 +318,7 @@ def scan_direction(
                 c_rows = gl.load(in_row(c, c_at, next_fetch_rows, byte_count(c, c_l)), mask=n_mask, other=0.0)
                 late = (base - TRIP + token >= bottom) & (base - TRIP + token < stop)
                 zs = gate_rows(z, z_at, z_l, late_rows, ev_mask, lengths, limit)
-                sums = earlier(out, out_at, late_rows, CHANNELS, ev_mask, ACCUMULATE)
+                sums = earlier(out, out_at, late_rows, CHANNELS, ev_mask & (k64 > 0), ACCUMULATE)
 
             h, ys, after_rows, after_fetch_rows = walk(
                 order, base, token, fetched, lowest, highest, steps[i % 2], feds[i % 2], bs[i % 2],
@@ -329,7 +329,7 @@ def scan_direction(
             if OUTPUT:
                 y = result(shares[(i + 1) % 2], late_us, zs, skip_e, skip is not None, z is not None)
                 mask = ev_mask & late
-                emit(y, gl.where(k64 > 0, sums, 0.0), out, out_at, late_rows, CHANNELS, mask)
+                emit(y, sums, out, out_at, late_rows, CHANNELS, mask)
             step = activated(biased(ds, bias_e, bias is not None), seen, SOFTPLUS)
             steps[(i + 1) % 2].store(step)
             feds[(i + 1) % 2].store(step * next_us.to(gl.float32))
@@ -348,9 +348,9 @@ def scan_direction(
     if OUTPUT:
         late = (high * CHUNK - TRIP + token >= bottom) & (high * CHUNK - TRIP + token < stop)
         zs = gate_rows(z, z_at, z_l, late_rows, ev_mask, lengths, limit)
-        sums = earlier(out, out_at, late_rows, CHANNELS, ev_mask, ACCUMULATE)
+        sums = earlier(out, out_at, late_rows, CHANNELS, ev_mask & (k64 > 0), ACCUMULATE)
         y = result(shares[1], late_us, zs, skip_e, skip is not None, z is not None)
-        emit(y, gl.where(k64 > 0, sums, 0.0), out, out_at, late_rows, CHANNELS, ev_mask & late)
+        emit(y, sums, out, out_at, late_rows, CHANNELS, ev_mask & late)
         if last is not None:
             at = last + (sk * CHANNELS + origin) * STATES + (et * STATES + nt)
             gl.store(at, h, mask=own_mask & (segment == segments - 1))
