@@ -31,6 +31,7 @@ _UNROLL = 4
 _OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
 _REGISTERS = 128  # of a lane: sixteen programs on a multiprocessor instead of twelve
 _WANTED = 32  # programs per multiprocessor
+_SHARING_WANTED = 128  # where directions share x: what runs at once then fits the cache, and x is fetched once
 _SHORTEST = 32  # steps of a program: it reads W - 1 tokens more at either end
 
 
@@ -59,7 +60,8 @@ def conv_forward(
     last = x.new_empty(sequences, K, channels, taps - 1, dtype=torch.float32)
     with device_of(x):
         given = (weight, bias, silu, orders, initial_state, lengths, cu_seqlens, K)
-        common, grid, _ = _arguments((x,), *given, states=taps > 1)
+        wanted = _SHARING_WANTED if x.shape[1] < K else _WANTED
+        common, grid, _ = _arguments((x,), *given, states=taps > 1, wanted=wanted)
         if grid[0]:
             launch(conv_forward_kernel, grid, **common, out=out, last=last, **named("o", "bk", strides(out)))
     return out, last
@@ -118,7 +120,7 @@ def conv_backward(
 
 
 def _arguments(
-    per_token, weight, bias, silu, orders, initial_state, lengths, cu_seqlens, K, states, turns=1
+    per_token, weight, bias, silu, orders, initial_state, lengths, cu_seqlens, K, states, turns=1, wanted=_WANTED
 ) -> tuple[dict, tuple[int], int]:
     """What both kernels take, the grid of one of ``turns`` launches, and its programs along time: slots of the sums."""
     x = per_token[0]
@@ -130,7 +132,7 @@ def _arguments(
     block_e = min(_BLOCK_E, next_power_of_2(channels))
     blocks = cdiv(channels, block_e)
     blocks *= K // turns
-    wanted = cdiv(_WANTED * processors(x.device), max(1, blocks * batch))
+    wanted = cdiv(wanted * processors(x.device), max(1, blocks * batch))
     unroll = _UNROLL if turns == 1 else _UNROLL // 2  # the sums so far take registers as well
     stretch = cdiv(max(cdiv(length, wanted), _SHORTEST), unroll) * unroll
     time_programs = cdiv(length, stretch)
