@@ -456,9 +456,16 @@ def test_ssd_options_compile(options: dict, monkeypatch: pytest.MonkeyPatch) -> 
         compile_for(kernel, arguments, ("cuda", 90, 32))
 
 
-@pytest.mark.parametrize(("states", "dtype"), [(128, torch.bfloat16), (256, torch.float32)])
+@pytest.mark.parametrize(
+    ("states", "dtype"),
+    [(16, torch.bfloat16), (128, torch.bfloat16), (256, torch.bfloat16), (128, torch.float16), (256, torch.float32)],
+)
 def test_ssd_fits(states: int, dtype: torch.dtype) -> None:
-    """At the size of the models and at the largest: shared memory (by `compile_for`) and few spills."""
+    """At the size of the models and at others: shared memory (by `compile_for`), few spills, and no narrow product by
+    warp groups, of which some are wrong or read outside of their memory."""
     for kernel, arguments in ssd_launches(states, length=70, dtype=dtype):
-        found = resources(compile_for(kernel, arguments, ("cuda", 90, 32)))
-        assert found["STACK"] <= 1024, (kernel.__name__, found)
+        compiled = compile_for(kernel, arguments, ("cuda", 90, 32))
+        found = resources(compiled)
+        assert found["STACK"] <= (2400 if arguments.get("num_warps") == 2 else 1536), (kernel.__name__, found)
+        by_groups = re.findall(r"warp_group_dot .*-> tensor<\d+x(\d+)xf32", compiled.asm["ttgir"])
+        assert all(int(columns) >= 64 for columns in by_groups), (kernel.__name__, by_groups)

@@ -150,6 +150,16 @@ def test_ssd_agrees_with_the_pytorch_path_at_model_size() -> None:
         assert rms_error(found[name], expected[name]) < 1e-5, name
 
 
+@pytest.mark.parametrize("states", [16, 64, 128])
+def test_ssd_in_bfloat16_at_model_size(states: int) -> None:
+    """Many programs one after the other on each multiprocessor, along the rows as they lie."""
+    case = Case(batch=8, length=1024, channels=1536, heads=24, states=states)
+    problem = ssd_problem(case).to("cuda", HALF)
+    expected, found = (run(ssd, problem, backend) for backend in ("chunked", "triton"))
+    for name in expected:
+        assert rms_error(found[name], expected[name]) < HALF_PRODUCTS, name
+
+
 def test_nothing_is_compiled_again_for_other_lengths_and_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
