@@ -360,9 +360,9 @@ def _options(
 ) -> dict[str, int | bool]:
     """Eight warps where four would spill more; without a limit given, ptxas at times settles for 32 registers.
 
-    Two for narrow products: with four and more, Triton 3.6 to 3.7 multiplies tiles of 64 rows and more by warp groups on
-    Hopper, and with 16 or 32 columns such products came out wrong or read outside of their memory. Columns are those of
-    a block of channels or, if fewer, as many as given.
+    Two for narrow products: with four and more, Triton 3.6 and 3.7 multiply tiles of 64 rows by warp groups on Hopper,
+    and with 16 or 32 columns such products came out wrong or read outside of their memory. Columns are those of a block
+    of channels or, if fewer, as many as given.
     """
     rows, columns = max(tile.CHUNK, tile.NB if walk else 0), min(tile.PB, columns)
     narrow = x.shape[-1] <= 32 or (columns <= 32 and rows >= 64 and precision(x, B, C) == "tf32")
