@@ -122,7 +122,10 @@ def conv_backward(
 def _arguments(
     per_token, weight, bias, silu, orders, initial_state, lengths, cu_seqlens, K, states, turns=1, wanted=_WANTED
 ) -> tuple[dict, tuple[int], int]:
-    """What both kernels take, the grid of one of ``turns`` launches, and its programs along time: slots of the sums."""
+    """What both kernels take, the grid of one of ``turns`` launches, and its programs along time: slots of the sums.
+
+    A launch has about ``wanted`` programs per multiprocessor.
+    """
     x = per_token[0]
     batch, _, length, channels = x.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -132,9 +135,9 @@ def _arguments(
     block_e = min(_BLOCK_E, next_power_of_2(channels))
     blocks = cdiv(channels, block_e)
     blocks *= K // turns
-    wanted = cdiv(wanted * processors(x.device), max(1, blocks * batch))
+    pieces = cdiv(wanted * processors(x.device), max(1, blocks * batch))
     unroll = _UNROLL if turns == 1 else _UNROLL // 2  # the sums so far take registers as well
-    stretch = cdiv(max(cdiv(length, wanted), _SHORTEST), unroll) * unroll
+    stretch = cdiv(max(cdiv(length, pieces), _SHORTEST), unroll) * unroll
     time_programs = cdiv(length, stretch)
     step_programs = batch * time_programs
     sequence_of_row = None

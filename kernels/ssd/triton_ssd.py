@@ -138,7 +138,7 @@ def ssd_forward(
                 b=B,
                 carry=carry,
                 decay=decay,
-                **_options(x, B, C, tile, walk=True),
+                **_options(x, B, C, tile, tile.PB, walk=True),
             )
             _chain(carry, decay, initial_state, reverse=False)
         launch(
@@ -161,7 +161,7 @@ def ssd_forward(
             sequences=sequences,
             chunks=chunks,
             SEGMENTED=segments > 1,
-            **_options(x, B, C, tile, walk=True),
+            **_options(x, B, C, tile, tile.PB, walk=True),
         )
     if target is not out:
         torch.sum(target, dim=1, out=out)
@@ -242,7 +242,7 @@ def ssd_backward(
                 **_constants(x, B, C, groups),
             }
             parts = {"segments": segments, "segment_chunks": segment_chunks, "dinitial": dinitial}
-            parts.update(_options(x, B, C, walk, walk=True), carry=None, decay=None)
+            parts.update(_options(x, B, C, walk, walk.PB, walk=True), carry=None, decay=None)
             parts.update(vars(walk), SEGMENTED=segments > 1)
             if segments > 1:
                 parts["carry"] = new(sequences, directions, segments, heads, states, width)
@@ -281,7 +281,7 @@ def ssd_backward(
                 **named("dx", "bk", per_token[0].strides),
                 **named("dd", "bk", per_token[1].strides),
                 **named("dz", "bk", per_token[2].strides),
-                **_options(x, B, C, tile),
+                **_options(x, B, C, tile, tile.PB),
             )
             launch(
                 ssd_maps_kernel,
@@ -291,7 +291,7 @@ def ssd_backward(
                 dc=dc,
                 batch=batch,
                 slots=slots,
-                **_options(x, B, C, tile, columns=tile.NB),
+                **_options(x, B, C, tile, min(tile.PB, tile.NB)),
             )
     dx, ddt, dz = (t.result() for t in per_token)
     dB, dC = (_sum(part.sum(0), t.shape[1], 1).to(t.dtype) for part, t in ((db, B), (dc, C)))
@@ -355,16 +355,17 @@ def _only(kernel, arguments: dict) -> dict:
     return {name: value for name, value in arguments.items() if name in kernel.arg_names}
 
 
-def _options(
-    x: Tensor, B: Tensor, C: Tensor, tile: Tile, walk: bool = False, columns: int = _WALK[0]
-) -> dict[str, int | bool]:
+def _options(x: Tensor, B: Tensor, C: Tensor, tile: Tile, columns: int, walk: bool = False) -> dict[str, int | bool]:
     """Eight warps where four would spill more; without a limit given, ptxas at times settles for 32 registers.
 
     Two for narrow products: with four and more, Triton 3.6 and 3.7 multiply tiles of 64 rows by warp groups on Hopper,
-    and with 16 or 32 columns such products came out wrong or read outside of their memory. Columns are those of a block
-    of channels or, if fewer, as many as given.
+    and with 16 or 32 columns such products came out wrong or read outside of their memory.
+
+    Args:
+        columns: the fewest that a product of the kernel has.
+        walk: the kernel walks along a sequence, and has products with a row for each state.
     """
-    rows, columns = max(tile.CHUNK, tile.NB if walk else 0), min(tile.PB, columns)
+    rows = max(tile.CHUNK, tile.NB if walk else 0)
     narrow = x.shape[-1] <= 32 or (columns <= 32 and rows >= 64 and precision(x, B, C) == "tf32")
     warps = 2 if narrow else 4 if walk and tile.NB * tile.PB <= 1024 else 8
     return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True, **register_limit(x.device, 255)}

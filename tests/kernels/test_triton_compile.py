@@ -456,16 +456,26 @@ def test_ssd_options_compile(options: dict, monkeypatch: pytest.MonkeyPatch) -> 
         compile_for(kernel, arguments, ("cuda", 90, 32))
 
 
+@pytest.mark.parametrize(("states", "dtype"), [(128, torch.bfloat16), (256, torch.float32), (128, torch.float16)])
+def test_ssd_fits(states: int, dtype: torch.dtype) -> None:
+    """At the size of the models, at the largest and in float16: shared memory (by `compile_for`) and few spills."""
+    import triton
+
+    # Before 3.8 the gradients of tokens at 128 states, in the wide blocks that their products need, spill a sixth more.
+    older = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+    for kernel, arguments in ssd_launches(states, length=70, dtype=dtype):
+        found = resources(compile_for(kernel, arguments, ("cuda", 90, 32)))
+        most = 1280 if older and kernel.__name__ == "ssd_tokens_kernel" else 1024
+        assert found["STACK"] <= most, (kernel.__name__, found)
+
+
 @pytest.mark.parametrize(
     ("states", "dtype"),
-    [(16, torch.bfloat16), (128, torch.bfloat16), (256, torch.bfloat16), (128, torch.float16), (256, torch.float32)],
+    [(16, torch.bfloat16), (64, torch.bfloat16), (128, torch.bfloat16), (256, torch.bfloat16), (128, torch.float16)],
 )
-def test_ssd_fits(states: int, dtype: torch.dtype) -> None:
-    """At the size of the models and at others: shared memory (by `compile_for`), few spills, and no narrow product by
-    warp groups, of which some are wrong or read outside of their memory."""
+def test_ssd_multiplies_nothing_narrow_by_warp_groups(states: int, dtype: torch.dtype) -> None:
+    """Such products are wrong on Hopper, or read outside of their memory."""
     for kernel, arguments in ssd_launches(states, length=70, dtype=dtype):
-        compiled = compile_for(kernel, arguments, ("cuda", 90, 32))
-        found = resources(compiled)
-        assert found["STACK"] <= (2400 if arguments.get("num_warps") == 2 else 1536), (kernel.__name__, found)
-        by_groups = re.findall(r"warp_group_dot .*-> tensor<\d+x(\d+)xf32", compiled.asm["ttgir"])
-        assert all(int(columns) >= 64 for columns in by_groups), (kernel.__name__, by_groups)
+        found = compile_for(kernel, arguments, ("cuda", 90, 32)).asm["ttgir"]
+        columns = [int(n) for n in re.findall(r"warp_group_dot .*-> tensor<\d+x(\d+)xf32", found)]
+        assert len(columns) == found.count("warp_group_dot ") and all(n >= 64 for n in columns), kernel.__name__
