@@ -8,6 +8,7 @@ they are, and goes through shared memory:
     run      RUN tokens of a trip that lie side by side in shared memory, for one access of a lane
     step     delta, and fed, delta u, of a trip: (runs, channels, RUN)
     share    what the states of a warp add to y: (runs, WARPS, channels, RUN)
+    visit    the rows of a trip along an order, listed two trips before
 
 Everything is there twice, for even and odd trips. While a trip is walked, the one before is finished and the one behind
 prepared, from what was loaded before the walk: one barrier per trip.
@@ -46,6 +47,16 @@ def visited(order, steps, lowest, highest):
     if order is not None:
         steps = gl.load(order + steps)
     return steps
+
+
+@gluon.jit
+def listed_rows(kept, TOKENS: gl.constexpr, ROWS: gl.constexpr, RUN: gl.constexpr, WARPS: gl.constexpr):
+    """The rows of a trip, (trip,), for those who prepare and finish tokens and for those who fetch B and C."""
+    TRIP: gl.constexpr = kept.shape[0]
+    IN_RUNS: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([RUN, 1], [1, 32], [WARPS, 1], [0, 1]))
+    rows = gl.reshape(kept.load(IN_RUNS), [TRIP // RUN, RUN])
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, TOKENS))[:, None, :]
+    return rows, kept.load(gl.SliceLayout(1, ROWS))[:, None]
 
 
 @gluon.jit
@@ -147,15 +158,17 @@ def walk(
     h,
     a2,
     OUTPUT: gl.constexpr,
+    LISTED: gl.constexpr,
     WARPS: gl.constexpr,
     TRIP: gl.constexpr,
 ):
-    """The states over a trip, with the rows of the one after the next loaded on the way."""
+    """The states over a trip, and unless rows are LISTED those of the trip after the next, loaded in its midst."""
     RUN: gl.constexpr = min(4, TRIP // WARPS)
     RUNS: gl.constexpr = TRIP // RUN
     TILE: gl.constexpr = h.type.layout
     LANES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, TILE))
     ys = ()
+    after = 0
     for run in gl.static_range(RUNS):
         step_run = columns(steps.slice(run, 1), LANES, WARPS)
         fed_run = columns(feds.slice(run, 1), LANES, WARPS)
@@ -165,10 +178,10 @@ def walk(
             if OUTPUT:
                 ct = state_column(cs.slice(run * RUN + j, 1), TILE, WARPS)
                 ys = ys + (gl.sum(h * ct, 1),)
-        if run == 1:
-            after_rows = visited(order, base + 2 * TRIP + token, lowest, highest)
-            after_fetch_rows = visited(order, base + 2 * TRIP + fetched, lowest, highest)
-    return h, ys, after_rows, after_fetch_rows
+        if run == 1 and not LISTED:
+            token_rows = visited(order, base + 2 * TRIP + token, lowest, highest)
+            after = (token_rows, visited(order, base + 2 * TRIP + fetched, lowest, highest))
+    return h, ys, after
 
 
 @gluon.jit
@@ -201,9 +214,9 @@ def scan_direction(
 ):
     """One direction of `scan_segment`: a function, because the compiler goes through every loop twice."""
     group, segment, s, origin, row_batch, limit = where
-    token, fetched, ev, nv, et, nt, own = lanes
+    token, fetched, listed, ev, nv, et, nt, own = lanes
     ev_mask, nv_mask, own_mask = masks
-    steps, feds, bs, cs, shares = buffers
+    steps, feds, bs, cs, shares, visits = buffers
     u, delta, a, b, c, skip, z, bias, orders, initial, lengths, first_steps, borders = inputs
     out, last, saved, carry, decay, turned = results
     u_b, u_k, u_l, u_e = u_strides
@@ -221,6 +234,10 @@ def scan_direction(
     TRIPS: gl.constexpr = CHUNK // TRIP
     TILE: gl.constexpr = gl.BlockedLayout([1, NI, 1], [1, 1, 32], [WARPS, 1, 1], [2, 1, 0])
     TOKENS: gl.constexpr = gl.BlockedLayout([1, 1, RUN], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])
+    PAIR: gl.constexpr = min(2, TRIP // (2 * WARPS))
+    ROWS: gl.constexpr = gl.BlockedLayout([1, PAIR], [2 * PAIR, 16 // PAIR], [WARPS, 1], [1, 0])
+    # Not where directions come in turn: that binary would be a fifth slower.
+    LISTED: gl.constexpr = orders is not None and not ACCUMULATE
     gl.static_assert(TRIPS % 2 == 0)
     k64 = k.to(gl.int64)
     sk = s * directions + k64
@@ -273,9 +290,15 @@ def scan_direction(
 
     # The first trip, of whose steps those before ``first`` change nothing.
     base = low * CHUNK
-    rows = visited(order, base + token, lowest, highest)
+    if not LISTED:
+        rows = visited(order, base + token, lowest, highest)
+        fetch_rows = visited(order, base + fetched, lowest, highest)
+    else:  # read back at once: the barrier that this takes is also the one for the first trip of the loop
+        visits[0].store(visited(order, base + TRIP + listed, lowest, highest))
+        visits[1].store(visited(order, base + listed, lowest, highest))
+        rows, fetch_rows = listed_rows(visits[1], TOKENS, ROWS, RUN, WARPS)
+        visits[1].store(visited(order, base + 2 * TRIP + listed, lowest, highest))
     seen = (base + token >= bottom) & (base + token < stop)
-    fetch_rows = visited(order, base + fetched, lowest, highest)
     e_mask = ev_mask
     n_mask = nv_mask
     if lengths is not None:  # padding may hold anything
@@ -296,13 +319,18 @@ def scan_direction(
         total = total + step
     late_rows = rows
     late_us = us
-    next_rows = visited(order, base + TRIP + token, lowest, highest)
-    next_fetch_rows = visited(order, base + TRIP + fetched, lowest, highest)
+    if not LISTED:
+        next_rows = visited(order, base + TRIP + token, lowest, highest)
+        next_fetch_rows = visited(order, base + TRIP + fetched, lowest, highest)
     for chunk in range(low, high):
         if OUTPUT:
             gl.store(kept + chunk * (STATES * CHANNELS) + own, h, mask=own_mask & (chunk * CHUNK > first))
         for i in gl.static_range(TRIPS):
             base = chunk * CHUNK + i * TRIP
+            if LISTED:
+                if CARRIED or HANDED_ON:  # else behind the walk: fewer cycles on paper
+                    later = visited(order, base + 3 * TRIP + listed, lowest, highest)
+                next_rows, next_fetch_rows = listed_rows(visits[i % 2], TOKENS, ROWS, RUN, WARPS)
             # Loads: for the trip behind, and what only the end of the trip before needs.
             seen = base + TRIP + token < stop
             e_mask = ev_mask
@@ -320,10 +348,12 @@ def scan_direction(
                 zs = gate_rows(z, z_at, z_l, late_rows, ev_mask, lengths, limit)
                 sums = earlier(out, out_at, late_rows, CHANNELS, ev_mask & (k64 > 0), ACCUMULATE)
 
-            h, ys, after_rows, after_fetch_rows = walk(
+            h, ys, after = walk(
                 order, base, token, fetched, lowest, highest, steps[i % 2], feds[i % 2], bs[i % 2],
-                cs[i % 2] if OUTPUT else 0, h, a2, OUTPUT, WARPS, TRIP,
+                cs[i % 2] if OUTPUT else 0, h, a2, OUTPUT, LISTED, WARPS, TRIP,
             )  # fmt: skip
+            if LISTED and not (CARRIED or HANDED_ON):
+                later = visited(order, base + 3 * TRIP + listed, lowest, highest)
             if OUTPUT:
                 store_shares(shares[i % 2], ys)
             if OUTPUT:
@@ -342,8 +372,10 @@ def scan_direction(
             late_us = us
             rows = next_rows
             us = next_us
-            next_rows = after_rows
-            next_fetch_rows = after_fetch_rows
+            if not LISTED:
+                next_rows, next_fetch_rows = after
+            else:
+                visits[i % 2].store(later)
 
     if OUTPUT:
         late = (high * CHUNK - TRIP + token >= bottom) & (high * CHUNK - TRIP + token < stop)
@@ -411,6 +443,8 @@ def scan_segment(
     # ... when it fetches B and C ...
     fetched = gl.arange(0, TRIP, gl.SliceLayout(1, ROWS))[:, None]
     nv = gl.arange(0, 16, gl.SliceLayout(0, ROWS))[None, :]
+    # ... when it looks up the rows of a trip ...
+    listed = gl.arange(0, TRIP, gl.BlockedLayout([1], [32], [WARPS], [0]))
     # ... and when it walks.
     et = gl.arange(0, BLOCK, gl.SliceLayout(0, gl.SliceLayout(1, TILE)))[None, None, :]
     nt = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, TILE)))[:, None, None] * NI
@@ -433,6 +467,13 @@ def scan_segment(
     if OUTPUT:
         cs = (shared([TRIP, 16], [1, 0]), shared([TRIP, 16], [1, 0]))
         shares = (shared([RUNS, WARPS, BLOCK, RUN], [3, 2, 1, 0]), shared([RUNS, WARPS, BLOCK, RUN], [3, 2, 1, 0]))
+    visits = ()
+    if inputs[8] is not None and not ACCUMULATE:
+        LIST: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        visits = (
+            gl.allocate_shared_memory(gl.int32, [TRIP], LIST),
+            gl.allocate_shared_memory(gl.int32, [TRIP], LIST),
+        )
 
     row_batch = s
     if borders is not None:
@@ -442,13 +483,13 @@ def scan_segment(
         limit = gl.load(lengths + s)
 
     where = (group, segment, s, origin, row_batch, limit)
-    lanes = (token, fetched, ev, nv, et, nt, own)
+    lanes = (token, fetched, listed, ev, nv, et, nt, own)
     # A loop of one pass: without it the compiler keeps more in registers than there are, along orders 4 % slower.
     for one in range(k, k + 1 + zero):
         scan_direction(
-            one, where, lanes, (ev_mask, nv_mask, own_mask), (steps, feds, bs, cs, shares), inputs, results, u_strides,
-            d_strides, z_strides, b_strides, c_strides, i_strides, k_strides, sizes, SOFTPLUS, OUTPUT, CARRIED,
-            HANDED_ON, ACCUMULATE, CHANNELS, STATES, CHUNK, WARPS, TRIP,
+            one, where, lanes, (ev_mask, nv_mask, own_mask), (steps, feds, bs, cs, shares, visits), inputs, results,
+            u_strides, d_strides, z_strides, b_strides, c_strides, i_strides, k_strides, sizes, SOFTPLUS, OUTPUT,
+            CARRIED, HANDED_ON, ACCUMULATE, CHANNELS, STATES, CHUNK, WARPS, TRIP,
         )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 Every lane is an element, so layouts mean nothing here; what a kernel does with lanes (exchanges by number) is kept.
 Addresses are real ones: an access outside of the tensors of a launch, or two lanes storing to one place, is an error.
-Shared memory begins as NaN.
+Shared memory begins as NaN, and with the largest integer.
 """
 
 import builtins
@@ -23,6 +23,7 @@ class Type:
     def __init__(self, name: str, held: type) -> None:
         self.name, self.held = name, np.dtype(held)
         self.primitive_bitwidth = 8 * self.held.itemsize
+        self.unset = np.iinfo(held).max if np.issubdtype(held, np.integer) else np.nan
 
 
 TYPES = {name: Type(name, getattr(np, name)) for name in ("float32", "float16", "int16", "int32", "int64")}
@@ -202,7 +203,7 @@ def _language(memory: Memory, state: types.SimpleNamespace) -> types.ModuleType:
         program_id=lambda axis: Value(np.int32(state.program)),
         static_range=builtins.range,
         static_assert=static_assert,
-        allocate_shared_memory=lambda dtype, shape, layout: Shared(np.full(shape, np.nan, dtype.held)),
+        allocate_shared_memory=lambda dtype, shape, layout: Shared(np.full(shape, dtype.unset, dtype.held)),
         load=memory.load,
         store=memory.store,
         inline_asm_elementwise=assembly,
