@@ -231,7 +231,7 @@ def scan_adjoint_kernel(
                 g = g * zs[i] * sigmoid(zs[i])
             total = total + step
             adjoint = tl.exp2(over_states(step) * a2) * (adjoint + over_states(g) * over_channels(cs[i]))
-    place = sk * segments + segment
+    place = (s * segments + segment) * directions + k64
     store_tile(carry + place * (STATES * CHANNELS) + (origin + zero) + own, adjoint, own_mask, EC, NI, NL, EL)
     tl.store(decay + place * CHANNELS + origin + ev, total, mask=ev_mask)
 
@@ -415,7 +415,7 @@ def scan_backward_kernel(
             if lengths is not None:
                 limit = tl.load(lengths + s)
             if SEGMENTED:
-                adjoint_at = carry + (sk * segments + segment) * (STATES * CHANNELS) + (origin + zero)
+                adjoint_at = carry + (work * directions + k64) * (STATES * CHANNELS) + (origin + zero)
                 adjoint = load_tile(adjoint_at + own, own_mask, EC, NI, NL, EL)
             elif grad_last is not None:
                 adjoint_at = grad_last + s * gl_s + k64 * gl_k + origin * gl_e

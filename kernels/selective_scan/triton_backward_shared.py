@@ -313,7 +313,7 @@ def scan_work(
     if lengths is not None:
         limit = gl.load(lengths + s)
     if SEGMENTED:
-        at = carry + (sk * segments + segment) * (STATES * CHANNELS) + origin
+        at = carry + (work * directions + k64) * (STATES * CHANNELS) + origin
         adjoint = load_tile(at, channel, 1, CHANNELS, inside, True, GROUP_CHANNELS, STATES)
     elif grad_last is not None:
         at = grad_last + s * gl_s + k64 * gl_k + origin * gl_e

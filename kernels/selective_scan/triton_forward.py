@@ -197,7 +197,7 @@ def scan_forward_kernel(
             first = tl.load(first_steps + k64 * sequences + s)
             end = first + tl.load(borders + s + 1) - tl.load(borders + s)
         if SEGMENTED & OUTPUT:
-            place = carry + (sk * segments + segment) * (STATES * CHANNELS) + (origin + zero)
+            place = carry + ((s * segments + segment) * directions + k64) * (STATES * CHANNELS) + (origin + zero)
             h = load_tile(place + own, own_mask, EC, NI, NL, EL)
         elif OUTPUT & (initial is not None):
             place = initial + s * i_s + k64 * i_k + origin * i_e
@@ -315,7 +315,7 @@ def scan_forward_kernel(
                 place = last + (sk * CHANNELS + origin) * STATES
                 store_tile(place + (et * STATES + nt), h, written, EC, NI, NL, EL)
         else:
-            place = sk * segments + segment
+            place = (s * segments + segment) * directions + k64
             store_tile(carry + place * (STATES * CHANNELS) + (origin + zero) + own, h, own_mask, EC, NI, NL, EL)
             tl.store(decay + place * CHANNELS + (origin + zero) + ev, total, mask=ev_mask)
 
@@ -354,8 +354,9 @@ def chain_kernel(
         natural = seed + (sk // directions) * i_s + k64 * i_k + e.to(tl.int64) * i_e + (own // CHANNELS) * i_n
         x = tl.load(natural, mask=mask, other=0.0).to(tl.float32)
     a2 = tl.load(a + k64 * a_k + own, mask=mask, other=0.0) * LOG2E
-    carry = carry + sk * segments * (STATES * CHANNELS) + own
-    decay = decay + sk * segments * CHANNELS + e
+    first = (sk // directions) * segments * directions + k64  # a direction of a segment lies behind the one before it
+    carry = carry + first * (STATES * CHANNELS) + own
+    decay = decay + first * CHANNELS + e
     for base in range(0, segments, UNROLL):
         added = ()
         decays = ()
@@ -363,12 +364,12 @@ def chain_kernel(
             at = tl.minimum(base + i, segments - 1)
             if REVERSE:
                 at = segments - 1 - at
-            added = added + (tl.load(carry + at.to(tl.int64) * (STATES * CHANNELS), mask=mask, other=0.0),)
-            decays = decays + (tl.load(decay + at.to(tl.int64) * CHANNELS, mask=mask, other=0.0),)
+            added = added + (tl.load(carry + at.to(tl.int64) * directions * (STATES * CHANNELS), mask=mask, other=0.0),)
+            decays = decays + (tl.load(decay + at.to(tl.int64) * directions * CHANNELS, mask=mask, other=0.0),)
         for i in tl.static_range(UNROLL):
             at = tl.minimum(base + i, segments - 1)
             if REVERSE:
                 at = segments - 1 - at
             live = mask & (base + i < segments)
-            tl.store(carry + at.to(tl.int64) * (STATES * CHANNELS), x, mask=live)
+            tl.store(carry + at.to(tl.int64) * directions * (STATES * CHANNELS), x, mask=live)
             x = tl.exp2(decays[i] * a2) * x + added[i]

@@ -5,8 +5,8 @@
 Sizes depend on E, G, N and the device; the plain forward has two, by the number of programs. Where batch x channels (x
 directions) cannot fill the device, time is split into segments; where they can and directions share a result, they come
 in turn, each adding to what is there, without a buffer per direction: inside a program of the plain forward, else in a
-launch for each. Nothing is added atomically, so two runs give the same bits; a batch row alone may differ in the last
-bits from the same row in a batch.
+launch for each. So they do in the backward where segments of one of them fill the device. Nothing is added
+atomically, so two runs give the same bits; a batch row alone may differ in the last bits from the same row in a batch.
 """
 
 import dataclasses
@@ -46,6 +46,7 @@ _FORWARD_REGISTERS = 160  # of a lane; without a limit the compiler stops at 128
 _BACKWARD_RESIDENT = 12  # programs of the backward on a multiprocessor
 _BACKWARD_REGISTERS = 168  # twelve programs on a multiprocessor are worth some spilled registers
 _FORWARD_ENOUGH, _BACKWARD_ENOUGH = 4, 6  # programs per multiprocessor from which on time is not split
+_BACKWARD_ALONE = 8  # from which on segments of one direction are enough, and those with a shared result come in turn
 _FORWARD_FULL = 8  # programs per multiprocessor from which on the forward needs no smaller ones
 _FORWARD_LONG = 256  # tokens of a sequence from which on the forward in shared memory is not slower than the plain one
 _SHARING_WARPS = 4  # of a program of the forward in shared memory: they share the states of its channels
@@ -144,9 +145,9 @@ def scan_forward(
             a = A.float().transpose(-1, -2).contiguous()  # (K, N, E)
         skip, bias = _rows(D), _rows(delta_bias)
         carry = decay = None
-        if plan.segments > 1:
-            carry = u.new_empty(sequences, directions, plan.segments, states, channels, dtype=torch.float32)
-            decay = u.new_empty(sequences, directions, plan.segments, channels, dtype=torch.float32)
+        if plan.segments > 1:  # in shared memory all segments of a direction, then those of the next
+            carry = u.new_empty(sequences, plan.segments, directions, states, channels, dtype=torch.float32)
+            decay = u.new_empty(sequences, plan.segments, directions, channels, dtype=torch.float32)
         b_strides, c_strides = strides(B), strides(C)
         arguments = {
             "u": u,
@@ -298,13 +299,10 @@ def scan_backward(
 
     per_token = [_Summed(x, directions, plan.direction_programs) for x in (u, delta, z)]
     new = functools.partial(u.new_empty, dtype=torch.float32)
+    da = new(work_programs, directions, states, channels)
     carry = None
-    if plan.segments > 1:
-        carry = new(sequences, directions, plan.segments, states, channels)
-    if plan.segments > 1 and directions == 1:
-        da = carry.view(work_programs, directions, states, channels)  # read before the same program writes
-    else:
-        da = new(work_programs, directions, states, channels)
+    if plan.segments > 1:  # which a program has read when it writes ``da``
+        carry = da.view(sequences, plan.segments, directions, states, channels)
     slots = new(block_programs, batch, plan.direction_programs, length, groups, states, 2)
     dB, dC = (map_gradient(x, directions) for x in (B, C))
     dskip = None if D is None else new(work_programs, directions, channels)
@@ -350,7 +348,7 @@ def scan_backward(
                 **_OPTIONS,
             }
             if plan.segments > 1:
-                decay = new(sequences, directions, plan.segments, channels)
+                decay = new(sequences, plan.segments, directions, channels)
                 grid = (groups * tile.blocks(channels // groups) * plan.segments * sequences * directions,)
                 launch(scan_adjoint_kernel, grid, carry=carry, decay=decay, **inputs, **sizes)
                 _chain(carry, decay, a, grad_last_state, reverse=True)
@@ -485,15 +483,19 @@ def _split(
     enough *= processors(device)
     if summed and (segments == 1 or (segments is None and programs >= enough)):
         return _Split(1, 1, chunks)
+    together = directions
     if segments is None:
         segments = 1
         if cu_seqlens is None and 0 < programs * directions < enough:
-            fitting = _BACKWARD_RESIDENT * processors(device) // (programs * directions)
-            segments = max(1, min(fitting, chunks // _SEGMENT_CHUNKS))
+            most = chunks // _SEGMENT_CHUNKS
+            if summed and programs * most >= _BACKWARD_ALONE * processors(device):
+                together = 1  # as fast, with the memory of one
+            fitting = _BACKWARD_RESIDENT * processors(device) // (programs * together)
+            segments = max(1, min(fitting, most))
     if cu_seqlens is not None:
         segments = 1  # packed sequences are the pieces already
     segment_chunks = -(-chunks // segments)
-    return _Split(directions, -(-chunks // segment_chunks), segment_chunks)
+    return _Split(together, -(-chunks // segment_chunks), segment_chunks)
 
 
 def _forward_sizes(
@@ -576,7 +578,7 @@ def _block_programs(group_blocks: int, groups: int, channels: int, states: int) 
 
 
 def _chain(carry: Tensor, decay: Tensor, a: Tensor, seed: Tensor | None, reverse: bool) -> None:
-    sequences, directions, segments, states, channels = carry.shape
+    sequences, segments, directions, states, channels = carry.shape
     launch(
         chain_kernel,
         (-(-states * channels // _CHAIN_BLOCK), sequences * directions),

@@ -80,6 +80,14 @@ def test_few_tokens_of_many_sequences(length: int) -> None:
 @pytest.mark.parametrize("order", [None, "random"])
 @pytest.mark.parametrize("directions", [1, 2])
 def test_segments(segments: int, order: str | None, directions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = plans(monkeypatch, segments)
+    case = Case(length=300, channels=70, states=16, directions=directions, order=order, own="u", initial=True)
+    check_parity(selective_scan, scan_problem, case, "triton", "cuda")
+    assert all(plan.segments > 1 for plan in found)
+
+
+def plans(patch: pytest.MonkeyPatch, segments: int | None) -> list:
+    """How passes are split from now on, with so many segments."""
     from genssm.kernels.selective_scan import triton_scan
 
     found = []
@@ -90,10 +98,29 @@ def test_segments(segments: int, order: str | None, directions: int, monkeypatch
             found.append(split(*given[:place], segments, *given[place + 1 :]))
             return found[-1]
 
-        monkeypatch.setattr(triton_scan, name, pieces)
-    case = Case(length=300, channels=70, states=16, directions=directions, order=order, own="u", initial=True)
+        patch.setattr(triton_scan, name, pieces)
+    return found
+
+
+@pytest.mark.parametrize("directions", [2, 3])
+@pytest.mark.parametrize("order", [None, "random"])
+@pytest.mark.parametrize("states", [3, 16])
+def test_segments_of_directions_in_turn(
+    states: int, order: str | None, directions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device that is too large for directions side by side and small enough for the segments of one of them."""
+    from genssm.kernels.selective_scan import triton_scan
+
+    sizes = {"_BACKWARD_ENOUGH": 7, "_BACKWARD_ALONE": 7, "_SEGMENT_CHUNKS": 1, "processors": lambda device: 1}
+    for name, value in sizes.items():
+        monkeypatch.setattr(triton_scan, name, value)
+    found = plans(monkeypatch, None)
+    case = Case(
+        batch=1, length=300, channels=8, states=states, directions=directions, order=order, own="u", initial=True
+    )
     check_parity(selective_scan, scan_problem, case, "triton", "cuda")
-    assert all(plan.segments > 1 for plan in found)
+    assert found[-1].segments > 1
+    assert found[-1].direction_programs == 1
 
 
 @pytest.mark.parametrize("states", [1, 5, 16, 64, 128, 256])

@@ -47,6 +47,7 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "segments": Case(batch=1, length=70, channels=4, states=3, directions=2, order="random", initial=True),
         "segments of one direction": Case(length=70, channels=4, states=3, order="random"),
+        "segments in turn": Case(batch=1, length=134, channels=4, states=3, directions=2, order="random", own="u"),
         "in turn": Case(batch=1, length=6, directions=3, order="random", initial=True),
         "wide tile": Case(batch=1, length=5, channels=64, states=16, initial=True),
         "narrow tile": Case(length=5, channels=64, states=16, directions=2, order="random", initial=True),
@@ -77,6 +78,9 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "segments": Case(batch=1, length=134, channels=8, states=16, directions=2, order="random", initial=True),
         "segments of one direction": Case(length=70, channels=8, states=16, order="random"),
+        "segments in turn": Case(
+            batch=1, length=134, channels=8, states=16, directions=2, order="random", own="u", initial=True
+        ),
         "in turn": Case(batch=1, length=6, channels=8, states=16, directions=3, order="random", initial=True),
         "blocks": Case(batch=1, length=3, channels=140, states=16),
         "17 states": Case(length=70, channels=5, states=17, order="random", initial=True),
@@ -203,6 +207,9 @@ def _force(name: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(triton_scan, "_BACKWARD_ENOUGH", 10**6)
         patch.setattr(triton_scan, "_SEGMENT_CHUNKS", 1)
         patch.setattr(triton_scan, "_SHORTEST_CHUNKS", 1)
+    if name == "segments in turn":  # too few programs side by side, enough in the five chunks of a direction
+        patch.setattr(triton_scan, "_BACKWARD_ENOUGH", 5)
+        patch.setattr(triton_scan, "_BACKWARD_ALONE", 5)
     if name == "in turn":
         patch.setattr(triton_scan, "_FORWARD_ENOUGH", 0)
         patch.setattr(triton_scan, "_SHARING_ENOUGH", 0)
